@@ -1,0 +1,174 @@
+"""What the tests share: the three scripts, micro-models, tasks small enough to enumerate."""
+
+import importlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = ("maac", "iac_separate", "iac_shared")
+
+import common
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """Each of the three scripts in turn."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def smollm2() -> str:
+    """The folder of SmolLM2-135M-Instruct; skips where it was not made."""
+    folder = os.environ.get("SMOLLM2", str(ROOT / ".cache" / "smollm2"))
+    if not (Path(folder) / "model.safetensors").is_file():
+        pytest.skip(f"no model in {folder}: python tests/smollm2.py {folder}")
+    return folder
+
+
+def tiny_args(module: ModuleType, folder: Path, **changes: Any) -> Any:
+    """Arguments of a run of a few updates in `folder`."""
+    small = {
+        "num_train_epochs": 1,
+        "rollout_buffer_size": 8,
+        "eval_num_samples": 4,
+        "logging_steps": 8,
+        "output_dir": str(folder),
+        "device": "cpu",
+    }
+    return module.Args(**{**small, **changes})
+
+
+def small_task(items: int = 16, **changes: Any) -> common.Task:
+    """The default game with few items."""
+    task = common.sum_to_target(None)
+    few = task.train_dataset[:items]
+    return replace(task, train_dataset=few, eval_dataset=few[:4], **changes)
+
+
+def micro_config(family: str, vocabulary: int) -> Any:
+    """A model of a few thousand parameters: pad 0, end of sequence 1."""
+    shared = {"vocab_size": vocabulary, "bos_token_id": None, "pad_token_id": 0}
+    if family == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(**shared, **sizes, **drops, eos_token_id=1)
+    return LlamaConfig(
+        **shared,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        eos_token_id=1,
+    )
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that keeps the gradients of each step instead of taking it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.0)
+        self.gradients: list[list[torch.Tensor | None]] = []
+
+    def step(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.gradients.append(
+            [None if p.grad is None else p.grad.clone() for p in parameters]
+        )
+
+
+def micro_learner(
+    module: ModuleType,
+    family: str = "llama",
+    vocabulary: int = 5,
+    seed: int = 0,
+    head: bool = False,
+) -> common.Learner:
+    """A micro-model with sharp random weights, a Recorder, and a random value head if asked."""
+    torch.manual_seed(seed)
+    headless = head and module.__name__ != "iac_shared"
+    auto_class = AutoModel if headless else AutoModelForCausalLM
+    model = auto_class.from_config(micro_config(family, vocabulary))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    model.generation_config = GenerationConfig(eos_token_id=[1], pad_token_id=0)
+    learner = common.Learner(
+        f"agent_{seed}", "micro", model, SimpleNamespace(pad_token_id=0)
+    )
+    parameters = list(model.parameters())
+    if head or module.__name__ == "iac_shared":
+        learner.value_head = module.value_head(learner, None)
+        torch.nn.init.normal_(learner.value_head[0].weight)
+        parameters += learner.value_head.parameters()
+    learner.optimizer = Recorder(parameters)
+    return learner
+
+
+def sample(
+    prompts: list, completions: list, reward: float = 0.0, **more: Any
+) -> common.Sample:
+    """A last-turn sample from token ids, one list per agent each."""
+    texts = ["".join(map(chr, ids)) for ids in completions]
+    ended = [ids[-1:] == [1] for ids in completions]
+    columns = {
+        "prompt_ids": prompts,
+        "completion_ids": completions,
+        "completions": texts,
+    }
+    fields = {"episode": 0, "turn": 0, "done": True, "ended": ended, **columns, **more}
+    return common.Sample(item={}, prompts=[""] * len(prompts), reward=reward, **fields)
+
+
+def update_actor(
+    module: ModuleType,
+    actor: common.Learner,
+    samples: list,
+    agent: int,
+    weights: torch.Tensor,
+    args: Any,
+) -> dict[str, float]:
+    """The shipped update_actor, with the critic's part of iac_shared.py switched off."""
+    if module.__name__ == "iac_shared":
+        args = replace(args, value_loss_coef=0.0)
+        weights = torch.stack(
+            [weights, torch.zeros_like(weights), torch.zeros_like(weights)]
+        )
+    return module.update_actor(actor, samples, agent, weights, args)
+
+
+def logprobs_of(
+    module: ModuleType,
+    actor: common.Learner,
+    prompts: list,
+    completions: list,
+    args: Any,
+) -> torch.Tensor:
+    """The shipped log π(a|h), without gradient."""
+    with torch.no_grad():
+        return module.sequence_logprobs(actor, prompts, completions, args)[0]
+
+
+def assert_same_gradients(one: list, other: list) -> None:
+    """Two lists of gradients differ by less than 1e-5 of their norm."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None]
+    difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+    norm = torch.stack([a.norm() for a, _ in pairs]).norm()
+    assert norm > 1e-3 and difference < 1e-5 * norm

@@ -1,0 +1,175 @@
+"""The built-in tasks, task files, and the calls of a user's functions."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import common
+
+TWO = SimpleNamespace(
+    num_agents=2, num_turns=1, eval_only=False, external_prompt_passthrough=False
+)
+
+
+def test_sum_to_target_rewards_by_hand():
+    task = common.sum_to_target(None)
+    item = {"prompt": "target 7\n", "target": 7}
+    first, second = (
+        ["3", "3", " 9\n", "x", "", "-1", "7"],
+        ["4", "5", "9", "7", "", "8", "x"],
+    )
+    expected = [1.0, 1 / 2, 1 / 12, 0.5, 0.0, 0.5 / 2, 0.5]
+    assert task.reward_func(first, second, batch_items=[item]) == pytest.approx(
+        expected
+    )
+    assert task.reward_func(["1"], ["2"], ["4"], batch_items=[item]) == [1.0]
+
+
+def test_sum_to_target_without_reading_the_target():
+    """No constant sum is paid more than the 0.37 that the docstring says."""
+    best = max(sum(1 / (1 + abs(s - t)) for t in range(10)) / 10 for s in range(30))
+    assert best == pytest.approx(0.3733, abs=1e-3)
+
+
+def test_sum_to_target_tells_each_agent_its_own_number_and_the_sum():
+    task = common.sum_to_target(None)
+    texts = task.external_transition(prompt="target 7\n", agent_completions=["3", "x"])
+    assert texts == ["target 7\nyours 3, sum 3\n", "target 7\nyours none, sum 3\n"]
+
+
+def test_length_ratio_rewards_by_hand():
+    task = common.length_ratio(TWO)
+    short = "ab" * 5  # 10 characters
+    lengths = [0, 5, 10, 20, 25, 30, 40, 50, 90]
+    expected = [-1, 0.25, 0.5, 1, 1, 1, 0.5, 0, 0]
+    rewards = task.reward_func([short] * 9, ["c" * n for n in lengths])
+    assert rewards == pytest.approx(expected)
+    assert task.reward_func([" "], ["x"]) == [-1]
+    three = task.reward_func(["a" * 10], ["b" * 20], ["c" * 20])
+    assert three == pytest.approx([(1 + 0.5) / 2])
+    with pytest.raises(common.InputError, match="two|2"):
+        common.length_ratio(SimpleNamespace(num_agents=1))
+
+
+def test_a_reward_function_of_comlrl_runs_unchanged():
+    task = common.Task([{"prompt": "x"}], lambda a, b: [float(len(b[0]) - len(a[0]))])
+    one = common.Sample({"prompt": "x"}, 0, 0, ["x", "x"], completions=["a", "bcd"])
+    common.pay(task, [one])
+    assert one.reward == 2.0
+
+
+def test_optional_keywords_and_the_processor_reach_the_functions():
+    seen = {}
+
+    def reward(*texts, batch_items, prompts):
+        seen.update(batch_items=batch_items, prompts=prompts, texts=texts)
+        return [1.0, 2.0]
+
+    item = {"prompt": "x"}
+    task = common.Task([item], reward, reward_processor=lambda r: 10 * r)
+    samples = [
+        common.Sample(item, k, 0, ["p", "q"], completions=[f"a{k}", f"b{k}"])
+        for k in (0, 1)
+    ]
+    common.pay(task, samples)
+    assert [s.reward for s in samples] == [10.0, 20.0]
+    assert seen == {
+        "batch_items": [item],
+        "prompts": [["p", "p"], ["q", "q"]],
+        "texts": (["a0", "a1"], ["b0", "b1"]),
+    }
+
+
+def test_an_exception_keeps_its_traceback_and_names_the_callable():
+    def reward(*_):
+        raise KeyError("mine")
+
+    task = common.Task([{"prompt": "x"}], reward, name="t")
+    with pytest.raises(KeyError) as error:
+        common.pay(
+            task, [common.Sample({"prompt": "x"}, 0, 0, ["x"], completions=["a"])]
+        )
+    assert any(
+        "task 't'" in note and "reward_func" in note for note in error.value.__notes__
+    )
+
+
+def test_formatters_one_for_all_or_one_each():
+    item = {"prompt": "x", "n": 3}
+    task = common.Task([item], print, formatters=lambda i: f"{i['prompt']}{i['n']}")
+    assert common.format_prompts(task, item, TWO) == ["x3", "x3"]
+    chat = [{"role": "user", "content": "hi"}]
+    task = common.Task([item], print, formatters=[lambda i: "a", lambda i: chat])
+    assert common.format_prompts(task, item, TWO) == ["a", chat]
+    for wrong in (None, 3, [], [{"role": "user"}], ["hi"]):
+        task = common.Task([item], print, formatters=lambda i, wrong=wrong: wrong)
+        with pytest.raises(
+            common.InputError, match="formatter of agent 0.*expected a prompt"
+        ):
+            common.format_prompts(task, item, TWO)
+    with pytest.raises(common.InputError, match="no prompt"):
+        common.format_prompts(common.Task([item], print), {"n": 3}, TWO)
+
+
+def test_a_transition_sees_the_history_and_its_prompts_pass_the_formatter():
+    seen = []
+
+    def transition(**keywords):
+        seen.append(keywords)
+        return ["next0", "next1"]
+
+    item = {"prompt": "x"}
+    wrap = [lambda i: f"<0 {i['prompt']}>", lambda i: f"<1 {i['prompt']}>"]
+    task = common.Task([item], print, formatters=wrap, external_transition=transition)
+    one = common.Sample(item, 0, 0, ["<0 x>", "<1 x>"], completions=["a", "b"])
+    two = common.next_turn(task, [one], TWO)[0]
+    assert two.prompts == ["<0 next0>", "<1 next1>"] and two.turn == 1
+    two.completions = ["c", "d"]
+    passed = SimpleNamespace(**{**vars(TWO), "external_prompt_passthrough": True})
+    assert common.next_turn(task, [two], passed)[0].prompts == ["next0", "next1"]
+    assert seen[1] == {
+        "prompt": "x",
+        "agent_completions": ["c", "d"],
+        "num_agents": 2,
+        "prompt_history_per_agent": [["<0 x>", "<0 next0>"], ["<1 x>", "<1 next1>"]],
+        "response_history_per_agent": [["a", "c"], ["b", "d"]],
+    }
+    for wrong in (None, ["only one"], "ab", [1, 2]):
+        task = common.Task(
+            [item], print, external_transition=lambda wrong=wrong, **_: wrong
+        )
+        with pytest.raises(common.InputError, match="external_transition.*expected"):
+            common.next_turn(task, [one], passed)
+
+
+def test_task_files(tmp_path):
+    path = tmp_path / "mine.py"
+    args = SimpleNamespace(**vars(TWO), task=str(path))
+    path.write_text(
+        "from common import Task\ntask = Task([{'prompt': 'x'}], lambda a, b: [0.0])\n"
+    )
+    assert common.load_task(args, None).name == "mine"
+    path.write_text(
+        "from common import Task\ndef make_task(args):\n"
+        "    return Task([{'prompt': 'x'}] * args.num_agents, lambda a, b: [0.0])\n"
+    )
+    assert len(common.load_task(args, None).train_dataset) == 2
+    path.write_text("raise RuntimeError('broken')\n")
+    with pytest.raises(RuntimeError) as error:
+        common.load_task(args, None)
+    assert any("mine.py" in note for note in error.value.__notes__)
+
+
+def test_messages_go_through_the_chat_template_where_there_is_one():
+    tokenizer = common.tiny_tokenizer()
+    learner = common.Learner(
+        "agent_0", "tiny", SimpleNamespace(config=SimpleNamespace()), tokenizer
+    )
+    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    texts = [tokenizer.decode(ids) for ids in common.encode(learner, [chat, "plain"])]
+    assert texts == ["be\nhi", "plain"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
+    )
+    texts = [tokenizer.decode(ids) for ids in common.encode(learner, [chat, "plain"])]
+    assert texts == ["[system]be[user]hi>", "plain"]
