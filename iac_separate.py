@@ -151,6 +151,8 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     never cut, so that no rounding makes a sampled token impossible.
     """
     scores = logits.float() / args.temperature
+    if args.top_k is None and args.top_p == 1:
+        return scores
     cut = torch.zeros_like(scores, dtype=torch.bool)
     if args.top_k is not None:
         cut = scores < scores.topk(min(args.top_k, scores.shape[-1])).values[..., -1:]
@@ -175,8 +177,7 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
     sampled, cache = [], None
     for _ in range(args.max_new_tokens):
-        with common.autocast(args):
-            output = actor.model(**inputs, past_key_values=cache, logits_to_keep=1)
+        output = actor.model(**inputs, past_key_values=cache, logits_to_keep=1)
         probabilities = warp(output.logits[:, -1], args).softmax(-1)  # (B, V)
         tokens = torch.multinomial(probabilities, 1)  # (B, 1)
         sampled.append(tokens)
@@ -199,6 +200,16 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
 # ------------------------------------------------------------ log-probabilities
 
 
+def token_logprobs(logits: Tensor, tokens: Tensor, args: Args) -> Tensor:
+    """Log-probabilities of tokens (B, T), and entropies, from logits (B, T, V): (2, B, T)."""
+    logprobs = warp(logits, args, tokens).log_softmax(-1)
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    if args.entropy_coef == 0:  # the entropy is a metric then, without gradient
+        logprobs = logprobs.detach()
+    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # -inf · 0 is 0 here
+    return torch.stack([chosen, entropy])
+
+
 def sequence_logprobs(
     actor: Learner, prompts: Ids, completions: Ids, args: Args
 ) -> tuple[Tensor, Tensor]:
@@ -206,13 +217,15 @@ def sequence_logprobs(
     inputs, width = pad_batch(actor, prompts, completions)
     tokens = inputs["input_ids"][:, width:]  # (B, T)
     mask = inputs["attention_mask"][:, width:]  # (B, T)
-    options = {"use_cache": False, "logits_to_keep": tokens.shape[1] + 1}
+    places = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
+    options = {"use_cache": False, "logits_to_keep": places}  # those before a token
     with common.autocast(args):
         output = actor.model(**inputs, **options)
-    logprobs = warp(output.logits[:, :-1], args, tokens).log_softmax(-1)  # (B, T, V)
-    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T)
-    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # (B, T)
-    return (chosen * mask).sum(1), (entropy * mask).sum(1)  # (1)
+    rows = max(1, 2**22 // output.logits[0].numel())  # pieces of 16 MB, not all at once
+    pieces = zip(output.logits.split(rows), tokens.split(rows), strict=True)
+    scores = torch.cat([token_logprobs(*piece, args) for piece in pieces], dim=1)
+    logprobs, entropies = (scores * mask).sum(-1)  # (2, B), (1)
+    return logprobs, entropies
 
 
 # --------------------------------------------------------------------- rollouts
@@ -231,7 +244,8 @@ def collect(
         for agent, actor in enumerate(actors):
             prompts = [sample.prompts[agent] for sample in live]
             prompt_ids = common.encode(actor, prompts, room=args.max_new_tokens)
-            completion_ids = generate(actor, prompt_ids, args)
+            with common.autocast(args):  # one region: the weights are cast once
+                completion_ids = generate(actor, prompt_ids, args)
             for sample, *ids in zip(live, prompt_ids, completion_ids, strict=True):
                 sample.add(actor, *ids)
         common.end_turn(task, live, generations, args)

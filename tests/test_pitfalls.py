@@ -238,14 +238,14 @@ def test_11_means_are_over_the_whole_minibatch(script):
 
 
 def test_12_no_logits_that_nobody_needs(script):
-    """The actor's head sees T + 1 positions in the update and 1 in sampling; a critic has none."""
+    """The actor's head sees T positions in the update and 1 in sampling; a critic has none."""
     actor = micro_learner(script, vocabulary=12)
     widths = []
     actor.model.lm_head.register_forward_hook(lambda m, i, o: widths.append(o.shape[1]))
     prompts, completions = [[2] * 20, [3] * 9], [[4, 5, 1], [6]]
     logprobs_of(script, actor, prompts, completions, script.Args())
     script.generate(actor, prompts, script.Args(max_new_tokens=2))
-    assert widths[0] == 4 and set(widths[1:]) == {1}
+    assert widths[0] == 3 and set(widths[1:]) == {1}
     critic = micro_learner(script, vocabulary=12, head=True)
     if script.__name__ == "iac_shared":
         critic.model.lm_head.register_forward_hook(
