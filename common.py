@@ -302,27 +302,37 @@ class Task:
 def sum_to_target(args: Any) -> Task:
     """Each agent writes a number, unseen by the others; together they should add up.
 
-    The reward is 1 / (1 + |sum - target|), times the share of agents that wrote a number. Its
-    optimum is 1; a team that does not read the target gets 0.37 at most.
+    An answer is worth 1 / (1 + |sum - target|), times the share of agents that wrote a number:
+    1 at best, 0.37 for a team that does not read the target. The first turn pays what its
+    answer is worth, a later one what it improves on the answer before.
     """
 
     def number(text: str) -> int | None:
         return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
 
-    def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
+    def worth(texts: Sequence[str], target: int) -> float:
+        numbers = [number(text) for text in texts]
+        error = abs(sum(n or 0 for n in numbers) - target)
+        return sum(n is not None for n in numbers) / len(numbers) / (1 + error)
+
+    def reward(
+        *completions: list[str], batch_items: list[dict], prompts: list
+    ) -> list[float]:
         rewards = []
-        for texts in zip(*completions, strict=True):
-            numbers = [number(text) for text in texts]
-            error = abs(sum(n or 0 for n in numbers) - batch_items[0]["target"])
-            readable = sum(n is not None for n in numbers) / len(numbers)
-            rewards.append(readable / (1 + error))
+        for texts, asked in zip(zip(*completions), zip(*prompts), strict=True):
+            former = [
+                text.split("yours ")[1].split(",")[0] for text in asked if "," in text
+            ]
+            target = batch_items[0]["target"]
+            rewards.append(
+                worth(texts, target) - (worth(former, target) if former else 0.0)
+            )
         return rewards
 
     def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:
         numbers = [number(text) for text in agent_completions]
         total = sum(n or 0 for n in numbers)
-        own = ["none" if n is None else n for n in numbers]
-        return [f"{prompt}yours {n}, sum {total}\n" for n in own]
+        return [f"{prompt}yours {n}, sum {total}\n" for n in numbers]
 
     items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
     return Task(items * 100, reward, items * 10, external_transition=correct)

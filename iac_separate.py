@@ -212,7 +212,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, args: Args) -> Tensor:
 
 def sequence_logprobs(
     actor: Learner, prompts: Ids, completions: Ids, args: Args
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """log π(a|h) (B,), and the entropy in nats summed over the completion's tokens (B,)."""
     inputs, width = pad_batch(actor, prompts, completions)
     tokens = inputs["input_ids"][:, width:]  # (B, T)

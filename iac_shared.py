@@ -215,7 +215,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, args: Args) -> Tensor:
 
 def sequence_logprobs(
     actor: Learner, prompts: Ids, completions: Ids, args: Args
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """log π(a|h) (B,), the entropy in nats summed over the completion's tokens (B,), and
     V or Q (B,) from the same forward pass."""
     inputs, width = pad_batch(actor, prompts, completions)
@@ -353,7 +353,8 @@ def update_actor(
     """One optimizer step of (4) + (5) on a minibatch; columns: weights, V_old, y (3, B)."""
     prompts = [sample.prompt_ids[agent] for sample in samples]
     completions = [sample.completion_ids[agent] for sample in samples]
-    policy_loss = entropy = value_loss = 0.0
+    policy_loss = entropy = 0.0
+    value_loss = 0.0
     for part in common.slices(len(prompts), args.micro_batch_size):
         logprobs, entropies, values = sequence_logprobs(
             actor, prompts[part], completions[part], args
@@ -367,7 +368,8 @@ def update_actor(
         policy_loss += loss.item()
         entropy += bonus.item()
         value_loss += errors.item()
-    losses = {"policy_loss": policy_loss, "entropy": entropy, "value_loss": value_loss}
+    losses = {"policy_loss": policy_loss, "entropy": entropy}
+    losses["value_loss"] = value_loss
     losses["actor_grad_norm"] = optimizer_step(actor, args)
     return {f"{name}/{actor.name}": value for name, value in losses.items()}
 

@@ -25,12 +25,32 @@ BARS = {
     "three_agents": ["--num-agents", "3"],
     "two_turns": ["--num-turns", "2", "--early-termination-threshold", "0.99"],
     "two_turns_to_the_end": ["--num-turns", "2"],
-    "length_ratio": (
-        "--task length_ratio --max-new-tokens 64 --agent-learning-rate 1e-5"
-        " --critic-learning-rate 1e-5 --entropy-coef 0 --rollout-buffer-size 16"
-        " --num-train-epochs 12 --logging-steps 16 --eval-interval 0 --eval-num-samples 16"
-        " --eval-batch-size 16 --log-samples 16"
-    ).split(),
+    "length_ratio": [
+        "--task",
+        "length_ratio",
+        "--max-new-tokens",
+        "64",
+        "--agent-learning-rate",
+        "1e-5",
+        "--critic-learning-rate",
+        "1e-5",
+        "--entropy-coef",
+        "0",
+        "--rollout-buffer-size",
+        "16",
+        "--num-train-epochs",
+        "12",
+        "--logging-steps",
+        "16",
+        "--eval-interval",
+        "0",
+        "--eval-num-samples",
+        "16",
+        "--eval-batch-size",
+        "16",
+        "--log-samples",
+        "16",
+    ],
 }
 
 
@@ -78,7 +98,7 @@ def measure(script: str, bar: str, seed: int, args: Args) -> dict[str, object]:
     ]
     train = [line for line in lines if "rollout/reward" in line]
     evaluations = [line for line in lines if "eval/reward" in line]
-    final = np.array([line["rollout/final_reward"] for line in train])
+    final = np.array([line["rollout/return"] for line in train])
     quarter = max(1, len(final) // 4)
     first, last = final[:quarter], final[-quarter:]
     return {

@@ -1,0 +1,126 @@
+"""The README's commands run as they stand, in a copy of the project, with small budgets."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SMALL = [
+    "--num-train-epochs",
+    "1",
+    "--eval-num-samples",
+    "4",
+    "--eval-batch-size",
+    "4",
+    "--log-samples",
+    "1",
+]
+# one thread each: two torch processes with two threads on two cores are tens of times slower
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with the README's task file in it."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    ignored = shutil.ignore_patterns("runs", ".*", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    (folder / "my_task.py").write_text(PYTHON[0])
+    return folder
+
+
+def run(words, folder):
+    done = subprocess.run(
+        words, check=False, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8 and "python iac_shared.py --num-agents 2" in COMMANDS
+    known = ("pip install ", "python ")
+    assert all(command.startswith(known) for command in COMMANDS)
+
+
+def test_the_requirements_are_those_of_this_environment():
+    """pip finds nothing missing, and torch stays below the release that is not tested."""
+    import torch
+
+    assert "pip install -r requirements.txt" in COMMANDS
+    assert "<2.14" in (ROOT / "requirements.txt").read_text()
+    assert tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
+
+
+SCRIPT_COMMANDS = [c for c in COMMANDS if re.match(r"python (maac|iac_\w+)\.py", c)]
+
+
+@pytest.mark.parametrize("command", SCRIPT_COMMANDS)
+def test_command(command, project, request):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    if ".cache/smollm2" in words:
+        words[words.index(".cache/smollm2")] = request.getfixturevalue("smollm2")
+        words[words.index("--max-new-tokens") + 1] = "8"
+        (project / "small.py").write_text(
+            "from common import length_ratio\n\ndef make_task(args):\n"
+            "    task = length_ratio(args)\n    task.train_dataset = task.train_dataset[:16]\n"
+            "    return task\n"
+        )
+        words[words.index("--task") + 1] = "small.py"
+    if "--eval-only" in words:
+        run([sys.executable, "iac_shared.py", *SMALL, "--exp-name", "first"], project)
+        made = next((project / "runs").glob("first*"))
+        words = [word.replace("runs/RUN", str(made)) for word in words]
+    out = run([*words, *SMALL], project)
+    folder = project / out.split("run folder: ")[-1].strip()
+    assert (folder / "metrics.jsonl").is_file() and "completions" in out
+
+
+def test_the_python_example(project):
+    (project / "example.py").write_text(PYTHON[1] + "print(folder)\n")
+    assert "runs/" in run([sys.executable, "example.py"], project)
+
+
+def test_the_benchmarks(project):
+    small = f"{' '.join(SMALL)} --rollout-buffer-size 500"
+    words = [
+        "tests/benchmarks/learning.py",
+        "--seeds",
+        "1",
+        "--scripts",
+        "maac",
+        "--bars",
+        "two_agents",
+    ]
+    assert "python tests/benchmarks/learning.py" in COMMANDS
+    assert "| two_agents | maac | 1 |" in run(
+        [sys.executable, *words, "--flags", small], project
+    )
+    assert "python tests/benchmarks/mutants.py" in COMMANDS
+    out = run([sys.executable, "tests/benchmarks/mutants.py", "8"], project)
+    assert "1 of 1 killed" in out
+
+
+def test_every_flag_of_the_table_exists_and_every_flag_is_in_it():
+    """The README's parameters are the scripts' flags, with their defaults."""
+    from dataclasses import fields
+
+    import iac_separate
+    import iac_shared
+    import maac
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^|]+)` \|", README, re.MULTILINE))
+    for module in (maac, iac_separate, iac_shared):
+        for field in fields(module.Args):
+            assert rows.get(field.name) == str(field.default), field.name
+    names = {f.name for m in (maac, iac_shared) for f in fields(m.Args)}
+    assert set(rows) == names
