@@ -366,7 +366,8 @@ def length_ratio(args: Any) -> Task:
         ]
 
     def ask(item: dict) -> Prompt:
-        return [{"role": "user", "content": f"Write a story about {item['prompt']}."}]
+        request = f"Write a story about {item['prompt']} in one or two sentences."
+        return [{"role": "user", "content": request}]
 
     require(
         args.num_agents > 1,

@@ -14,16 +14,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALL = [
-    "--num-train-epochs",
-    "1",
-    "--eval-num-samples",
-    "4",
-    "--eval-batch-size",
-    "4",
-    "--log-samples",
-    "1",
-]
+SMALL = shlex.split(
+    "--num-train-epochs 1 --eval-num-samples 4 --eval-batch-size 4 --log-samples 1"
+)
 # one thread each: two torch processes with two threads on two cores are tens of times slower
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -8,10 +8,14 @@ A bar is a setting of the scripts and what its runs must reach; a line per run i
 kept in --output, then a Markdown table with a row per script.
 """
 
+import itertools
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,32 +29,12 @@ BARS = {
     "three_agents": ["--num-agents", "3"],
     "two_turns": ["--num-turns", "2", "--early-termination-threshold", "0.99"],
     "two_turns_to_the_end": ["--num-turns", "2"],
-    "length_ratio": [
-        "--task",
-        "length_ratio",
-        "--max-new-tokens",
-        "64",
-        "--agent-learning-rate",
-        "1e-5",
-        "--critic-learning-rate",
-        "1e-5",
-        "--entropy-coef",
-        "0",
-        "--rollout-buffer-size",
-        "16",
-        "--num-train-epochs",
-        "12",
-        "--logging-steps",
-        "16",
-        "--eval-interval",
-        "0",
-        "--eval-num-samples",
-        "16",
-        "--eval-batch-size",
-        "16",
-        "--log-samples",
-        "16",
-    ],
+    "length_ratio": shlex.split(
+        "--task length_ratio --max-new-tokens 64 --agent-learning-rate 2e-5"
+        " --critic-learning-rate 1e-4 --value-loss-coef 0.1 --entropy-coef 0"
+        " --rollout-buffer-size 16 --num-train-epochs 10 --logging-steps 16 --eval-interval 0 --eval-num-samples 16"
+        " --eval-batch-size 16 --log-samples 16 --dtype bfloat16"
+    ),
 }
 
 
@@ -71,6 +55,8 @@ class Args:
     """Seeds of the runs."""
     model: str = ".cache/smollm2"
     """Model of length_ratio, made by tests/smollm2.py."""
+    processes: int = 1
+    """Runs at the same time; above 1 each has one thread."""
     flags: str = ""
     """Further flags of the scripts, such as "--num-train-epochs 1"."""
     output: Path = Path("runs/learning.jsonl")
@@ -91,7 +77,14 @@ def measure(script: str, bar: str, seed: int, args: Args) -> dict[str, object]:
         flags += ["--agent-model", args.model]
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    threads = {"OMP_NUM_THREADS": "1"} if args.processes > 1 else {}
+    done = subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **threads},
+    )
     folder = Path(done.stdout.split("run folder: ")[-1].strip())
     lines = [
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -140,15 +133,15 @@ def table(results: list[dict]) -> str:
 def main(args: Args) -> None:
     """Run everything, and print the table."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    jobs = list(itertools.product(args.bars, args.scripts, args.seeds))
     results = []
-    for bar in args.bars:
-        for script in args.scripts:
-            for seed in args.seeds:
-                results.append(measure(script, bar, seed, args))
-                line = json.dumps(results[-1])
-                print(line, flush=True)
-                with open(args.output, "a") as file:
-                    file.write(line + "\n")
+    with ThreadPoolExecutor(args.processes) as pool:
+        runs = pool.map(lambda job: measure(job[1], job[0], job[2], args), jobs)
+        for result in runs:
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            with open(args.output, "a") as file:
+                file.write(json.dumps(result) + "\n")
     print(table(results))
 
 
