@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
 
 
@@ -117,7 +118,7 @@ class RunArgs:
     tokenizer: str | None = None
     """Tokenizer of every model; None = each model's own."""
     model_config: str = "{}"
-    """JSON keyword arguments of from_pretrained: '{"attn_implementation": "eager"}'."""
+    """JSON keyword arguments of from_pretrained, or of the tiny model's LlamaConfig."""
     external_prompt_passthrough: bool = False
     """Use the transition's prompts as they are, not through the formatters."""
 
@@ -179,11 +180,11 @@ def check_args(args: Any) -> None:
         )
 
 
-def json_object(text: str, flag: str) -> dict[str, Any]:
-    """The dict that a flag's JSON says; InputError if it is anything else."""
+def json_object(text: str | dict, flag: str) -> dict[str, Any]:
+    """The dict that a flag's JSON says, or is; InputError if it is anything else."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = text if isinstance(text, dict) else json.loads(text)
+    except (TypeError, json.JSONDecodeError):
         value = None
     require(isinstance(value, dict), f"{flag} takes a JSON object, got {text!r:.100}")
     return value
@@ -418,8 +419,9 @@ def load_task_file(args: Any) -> Task:
         path.suffix == ".py", f"unknown task {args.task!r}: give {known}, or a .py file"
     )
     require(path.is_file(), f"task file {args.task!r} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     with naming(f"task file {args.task!r}"):
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
@@ -435,30 +437,25 @@ def load_task_file(args: Any) -> Task:
 # ---------------------------------------------------- calls of a user's functions
 
 
-def format_prompts(task: Task, item: dict, args: Any) -> list[Prompt]:
-    """The agents' prompts for an item, one per agent.
+def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
+    """An agent's prompt for an item.
 
     Raises InputError for an item without a prompt, and for what is neither text nor messages.
     """
-    formatters = task.formatters
-    if not isinstance(formatters, Sequence):
-        formatters = [formatters] * args.num_agents
-    prompts = []
-    for agent, formatter in enumerate(formatters):
-        who = f"task {task.name!r}, item {item!r:.200}"
-        require(isinstance(item, dict), f"{who}: an item must be a dict")
-        if formatter is None:
-            require(
-                "prompt" in item,
-                f"{who}: the item has no prompt, and there is no formatter",
-            )
-            prompts.append(check_prompt(item["prompt"], who))
-        else:
-            who = f"{who}: formatter of agent {agent}"
-            with naming(who):
-                prompt = formatter(item)
-            prompts.append(check_prompt(prompt, who))
-    return prompts
+    several = isinstance(task.formatters, Sequence)
+    formatter = task.formatters[agent] if several else task.formatters
+    who = f"task {task.name!r}, item {item!r:.200}"
+    require(isinstance(item, dict), f"{who}: an item must be a dict")
+    if formatter is None:
+        require(
+            "prompt" in item,
+            f"{who}: the item has no prompt, and there is no formatter",
+        )
+        return check_prompt(item["prompt"], who)
+    who = f"{who}: formatter of agent {agent}"
+    with naming(who):
+        prompt = formatter(item)
+    return check_prompt(prompt, who)
 
 
 def check_prompt(prompt: Any, who: str) -> Prompt:
@@ -473,12 +470,25 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     return prompt
 
 
-def check_items(task: Task, actors: Sequence[Learner], args: Any) -> None:
-    """Raise InputError for an item whose first prompts are missing, empty or too long."""
-    for dataset in (task.train_dataset, task.eval_dataset or []):
-        prompts = [format_prompts(task, item, args) for item in dataset]
-        for agent, actor in enumerate(actors if prompts else []):
-            encode(actor, [joint[agent] for joint in prompts], room=args.max_new_tokens)
+def first_samples(task: Task, actors: Sequence[Learner], args: Any) -> list[Sample]:
+    """The first turns of all items, with empty completions, to see that they can be read.
+
+    Raises InputError for a prompt that is missing, empty or too long for its actor.
+    """
+    items = [
+        item for data in (task.train_dataset, task.eval_dataset or []) for item in data
+    ]
+    with fresh_randomness(args.seed):
+        samples = first_turn(task, items, 1, args)
+    for agent, actor in enumerate(actors):
+        prompts = [sample.prompts[agent] for sample in samples]
+        ids = encode(actor, prompts, room=args.max_new_tokens)
+        for sample, prompt_ids in zip(samples, ids, strict=True):
+            sample.prompt_ids.append(prompt_ids)
+            sample.completion_ids.append([])
+            sample.completions.append("")
+            sample.ended.append(True)
+    return samples
 
 
 def first_turn(
@@ -488,7 +498,7 @@ def first_turn(
     samples = []
     for item in items:
         for _ in range(generations):
-            prompts = format_prompts(task, item, args)
+            prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
             samples.append(Sample(item, len(samples), 0, prompts))
     return samples
 
@@ -584,7 +594,7 @@ def next_prompts(task: Task, sample: Sample, args: Any) -> list[Prompt]:
     if args.external_prompt_passthrough:
         return prompts
     return [
-        format_prompts(task, {**sample.item, "prompt": prompts[agent]}, args)[agent]
+        format_prompt(task, {**sample.item, "prompt": prompts[agent]}, agent)
         for agent in agents
     ]
 
@@ -642,22 +652,22 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def tiny_config() -> LlamaConfig:
+def tiny_config(**changes: Any) -> LlamaConfig:
     """The built-in model: a Llama of 0.1 million parameters."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+    }
+    special = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
     return LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        pad_token_id=0,
-        eos_token_id=1,
+        vocab_size=len(tiny_tokenizer()), **special, **{**sizes, **changes}
     )
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of that name; its end token pads where it has no pad token.
 
     Raises InputError if it cannot be loaded, or has neither.
@@ -665,7 +675,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     if name == "tiny":
         return tiny_tokenizer()
     with loading(f"tokenizer {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     if tokenizer.pad_token_id is None:
         require(
             tokenizer.eos_token_id is not None,
@@ -684,17 +694,20 @@ def load_model(
     index gives a tiny model weights of its own. Of a checkpoint's generation config only the
     end-of-sequence ids count. Raises InputError if it cannot be loaded.
     """
-    tokenizer = load_tokenizer(args.tokenizer or name)
     options = json_object(args.model_config, "model_config")
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    tokenizer = load_tokenizer(args.tokenizer or name, hub)
     with loading(f"model {name!r}"), fresh_randomness(args.seed + 1000 * index):
         if name == "tiny":
-            model = auto_class.from_config(tiny_config())
+            model = auto_class.from_config(tiny_config(**options))
         else:
-            config = AutoConfig.from_pretrained(name)
+            config, options = AutoConfig.from_pretrained(
+                name, return_unused_kwargs=True, **options
+            )
             for key, value in config.to_dict().items():
                 if "drop" in key and isinstance(value, float):
                     setattr(config, key, 0.0)
-            options = {"config": config, **options, "dtype": torch.float32}
+            options |= {"config": config, **hub, "dtype": torch.float32}
             model = auto_class.from_pretrained(name, **options)
     require(
         len(tokenizer) <= model.get_input_embeddings().num_embeddings,
@@ -720,14 +733,15 @@ def load_learners(
     ]
 
 
-def restore_heads(learners: list[Learner]) -> None:
-    """Load the value heads that a run saved beside its models, if it did."""
-    for learner in learners:
-        path = Path(learner.source) / "value_head.pt"
+def restore_heads(critics: list[Learner], args: Any) -> None:
+    """Load the value heads that a run saved in the folders that were given."""
+    given = args.critics or args.critic_model or critics[0].name == "agent_0"
+    for critic in critics if given and not args.eval_only else ():
+        path = Path(critic.source) / "value_head.pt"
         if path.is_file():
-            with loading(f"value head {str(path)!r}"):
-                weights = torch.load(path, weights_only=True)
-                learner.value_head.load_state_dict(weights)
+            with loading(f"value head {str(path)!r} (of another hidden dimension?)"):
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+                critic.value_head.load_state_dict(weights)
 
 
 def encode(
@@ -760,10 +774,10 @@ def encode(
         ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
     limit = getattr(learner.model.config, "max_position_embeddings", None) or math.inf
     longest = max(map(len, ids))
+    writes = f" and is to write {room}" if room else ""
     require(
         longest + room <= limit,
-        f"{learner.name} was given a prompt of {longest} tokens, which with max_new_tokens {room}"
-        f" is more than the {limit} that its model takes",
+        f"{learner.name} is to read {longest} tokens{writes}: its model takes {limit} in all",
     )
     return ids
 
@@ -855,7 +869,8 @@ class Run:
         self.pending: list[dict[str, float]] = []
         self.shown: list[Sample] = []
         self.tensorboard = self.wandb = None
-        self.start = time.perf_counter()
+        self.start = self.mark = time.perf_counter()
+        self.train_seconds = 0.0
 
     def __enter__(self) -> Self:
         if importlib.util.find_spec("tensorboard") is not None:
@@ -903,7 +918,9 @@ class Run:
         self.updates += 1
         self.pending.append(rollout_metrics(self.task, samples, "rollout") | losses)
         self.log_samples(samples, "train")
-        rate = self.samples / (time.perf_counter() - self.start)
+        self.train_seconds += time.perf_counter() - self.mark
+        self.mark = time.perf_counter()
+        rate = self.samples / self.train_seconds
         if self.crossed(self.args.logging_steps):
             keys = dict.fromkeys(key for metrics in self.pending for key in metrics)
             means = {
@@ -920,10 +937,11 @@ class Run:
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
         if samples:
-            metrics = rollout_metrics(self.task, samples, "eval")
+            with fresh_randomness(self.args.seed):
+                metrics = rollout_metrics(self.task, samples, "eval")
             self.write(metrics)
             self.log_samples(samples, "eval")
-            self.shown = samples
+            self.shown, self.mark = samples, time.perf_counter()
             reward = metrics["eval/reward"]
             self.bar.write(f"evaluation after {self.items} items: reward {reward:.3f}")
 

@@ -177,7 +177,8 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
     sampled, cache = [], None
     for _ in range(args.max_new_tokens):
-        output = actor.model(**inputs, past_key_values=cache, logits_to_keep=1)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        output = actor.model(**inputs, **options)
         probabilities = warp(output.logits[:, -1], args).softmax(-1)  # (B, V)
         tokens = torch.multinomial(probabilities, 1)  # (B, 1)
         sampled.append(tokens)
@@ -291,7 +292,7 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
-    parts = common.slices(len(texts), args.micro_batch_size)
+    parts = common.slices(len(texts), args.micro_batch_size or args.train_batch_size)
     return torch.cat([critic_values(critic, texts[part], args).cpu() for part in parts])
 
 
@@ -374,7 +375,7 @@ def update_actor(
 def update(
     actors: list[Learner], critics: list[Learner], samples: list[Sample], args: Args
 ) -> dict[str, float]:
-    """One pass over the buffer; returns the means over all of its samples."""
+    """One pass over the buffer; returns the losses, averaged over its samples."""
     metrics: dict[str, float] = defaultdict(float)
     batches = common.minibatches(len(samples), args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
@@ -419,7 +420,7 @@ def train(args: Args, task: Task | None = None) -> Path:
     common.seed_everything(args.seed)
 
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
-    common.check_items(task, actors, args)
+    first = common.first_samples(task, actors, args)
     critics = common.load_learners("critic", AutoModel, critic_names, args)
     for actor in actors:
         actor.optimizer = adam(
@@ -428,7 +429,9 @@ def train(args: Args, task: Task | None = None) -> Path:
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
         critic.optimizer = adam(critic, *[args.critic_learning_rate] * 2)
-    common.restore_heads(critics)
+    common.restore_heads(critics, args)
+    for agent, critic in enumerate(critics):
+        critic_texts(critic, first, agent, args)  # refuses what is too long to read
 
     with common.Run(args, task, Path(__file__).stem) as run:
         run.log_evaluation(evaluate(actors, task, args))

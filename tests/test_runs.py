@@ -58,10 +58,11 @@ def test_critics_go_on_where_a_run_left_them(script, tmp_path):
     }.get(script.__name__, {})
     args = tiny_args(script, tmp_path, agents=agents, **heads)
     names = heads.get("critics", agents)
-    learners = common.load_learners("critic", AutoModelForCausalLM, list(names), args)
+    role = "agent" if script.__name__ == "iac_shared" else "critic"
+    learners = common.load_learners(role, AutoModelForCausalLM, list(names), args)
     for learner in learners:
         learner.value_head = script.value_head(learner, None)
-    common.restore_heads(learners)
+    common.restore_heads(learners, args)
     assert all(learner.value_head[0].weight.abs().sum() > 0 for learner in learners)
     script.train(args, small_task(8))
 

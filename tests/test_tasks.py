@@ -119,18 +119,24 @@ def test_an_exception_keeps_its_traceback_and_names_the_callable():
 def test_formatters_one_for_all_or_one_each():
     item = {"prompt": "x", "n": 3}
     task = common.Task([item], print, formatters=lambda i: f"{i['prompt']}{i['n']}")
-    assert common.format_prompts(task, item, TWO) == ["x3", "x3"]
+    assert [common.format_prompt(task, item, agent) for agent in range(2)] == [
+        "x3",
+        "x3",
+    ]
     chat = [{"role": "user", "content": "hi"}]
     task = common.Task([item], print, formatters=[lambda i: "a", lambda i: chat])
-    assert common.format_prompts(task, item, TWO) == ["a", chat]
+    assert [common.format_prompt(task, item, agent) for agent in range(2)] == [
+        "a",
+        chat,
+    ]
     for wrong in (None, 3, [], [{"role": "user"}], ["hi"]):
         task = common.Task([item], print, formatters=lambda i, wrong=wrong: wrong)
         with pytest.raises(
             common.InputError, match="formatter of agent 0.*expected a prompt"
         ):
-            common.format_prompts(task, item, TWO)
+            [common.format_prompt(task, item, agent) for agent in range(2)]
     with pytest.raises(common.InputError, match="no prompt"):
-        common.format_prompts(common.Task([item], print), {"n": 3}, TWO)
+        common.format_prompt(common.Task([item], print), {"n": 3}, 0)
 
 
 def test_a_transition_sees_the_history_and_its_prompts_pass_the_formatter():
