@@ -395,6 +395,10 @@ def load_task(args: Any, task: Task | None) -> Task:
         dataset = getattr(task, field_name)
         optional = field_name == "eval_dataset" and not args.eval_only
         require(optional or dataset is not None, f"{name} has no {field_name}")
+        sized = dataset is None or hasattr(dataset, "__len__")
+        require(
+            sized, f"{name}: {field_name} must be a list or a dataset with a length"
+        )
         require(
             dataset is None or len(dataset) > 0, f"{name} has an empty {field_name}"
         )
@@ -931,7 +935,7 @@ class Run:
         self.bar.update(self.items - self.items_before)
         reward = np.mean([sample.reward for sample in samples])
         self.bar.set_postfix_str(
-            f"update {self.updates}, reward {reward:.3f}, {rate:.0f} samples/s"
+            f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
         )
 
     def log_evaluation(self, samples: list[Sample]) -> None:

@@ -41,6 +41,7 @@ CASES = {
     "dtype": (["--dtype", "float16"], "dtype must be float32 or bfloat16"),
     "device": (["--device", "abacus"], "device 'abacus' cannot be loaded"),
     "empty": (["--task", "F:task = Task([], print)"], "empty train_dataset"),
+    "a stream": (["--task", "F:task = Task(iter([]), print)"], "with a length"),
     "empty evaluation": (["--task", "F:" + GOOD + ", [])"], "empty eval_dataset"),
     "nothing to evaluate": (
         ["--eval-only", "--task", "F:" + GOOD + ")"],
