@@ -474,25 +474,28 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     return prompt
 
 
-def first_samples(task: Task, actors: Sequence[Learner], args: Any) -> list[Sample]:
-    """The first turns of all items, with empty completions, to see that they can be read.
+def first_samples(
+    task: Task, actors: Sequence[Learner], args: Any
+) -> Iterator[list[Sample]]:
+    """The first turns of all items, a thousand at a time, with empty completions.
 
-    Raises InputError for a prompt that is missing, empty or too long for its actor.
+    They show whether every prompt can be read before a run starts. Raises InputError for one
+    that is missing, empty or too long for its actor.
     """
-    items = [
-        item for data in (task.train_dataset, task.eval_dataset or []) for item in data
-    ]
-    with fresh_randomness(args.seed):
-        samples = first_turn(task, items, 1, args)
-    for agent, actor in enumerate(actors):
-        prompts = [sample.prompts[agent] for sample in samples]
-        ids = encode(actor, prompts, room=args.max_new_tokens)
-        for sample, prompt_ids in zip(samples, ids, strict=True):
-            sample.prompt_ids.append(prompt_ids)
-            sample.completion_ids.append([])
-            sample.completions.append("")
-            sample.ended.append(True)
-    return samples
+    for dataset in (task.train_dataset, task.eval_dataset or []):
+        for part in slices(len(dataset), 1000):
+            items = [dataset[k] for k in range(len(dataset))[part]]
+            with fresh_randomness(args.seed):
+                samples = first_turn(task, items, 1, args)
+            for agent, actor in enumerate(actors):
+                prompts = [sample.prompts[agent] for sample in samples]
+                ids = encode(actor, prompts, room=args.max_new_tokens)
+                for sample, prompt_ids in zip(samples, ids, strict=True):
+                    sample.prompt_ids.append(prompt_ids)
+                    sample.completion_ids.append([])
+                    sample.completions.append("")
+                    sample.ended.append(True)
+            yield samples
 
 
 def first_turn(

@@ -422,7 +422,6 @@ def train(args: Args, task: Task | None = None) -> Path:
     common.seed_everything(args.seed)
 
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
-    first = common.first_samples(task, actors, args)
     critics = actors  # each agent's critic is its own model with a value head
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
@@ -430,8 +429,9 @@ def train(args: Args, task: Task | None = None) -> Path:
             actor, args.agent_learning_rate, args.critic_learning_rate
         )
     common.restore_heads(critics, args)
-    for agent, critic in enumerate(critics):
-        critic_texts(critic, first, agent, args)  # refuses what is too long to read
+    for first in common.first_samples(task, actors, args):
+        for agent, critic in enumerate(critics):
+            critic_texts(critic, first, agent, args)  # refuses what is too long
 
     with common.Run(args, task, Path(__file__).stem) as run:
         run.log_evaluation(evaluate(actors, task, args))

@@ -424,7 +424,6 @@ def train(args: Args, task: Task | None = None) -> Path:
     common.seed_everything(args.seed)
 
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
-    first = common.first_samples(task, actors, args)
     critics = common.load_learners("critic", AutoModel, critic_names, args)
     for actor in actors:
         actor.optimizer = adam(
@@ -434,7 +433,8 @@ def train(args: Args, task: Task | None = None) -> Path:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
         critic.optimizer = adam(critic, *[args.critic_learning_rate] * 2)
     common.restore_heads(critics, args)
-    critic_texts(critics[0], first, args)  # refuses what is too long to read
+    for first in common.first_samples(task, actors, args):
+        critic_texts(critics[0], first, args)  # refuses what is too long to read
 
     with common.Run(args, task, Path(__file__).stem) as run:
         run.log_evaluation(evaluate(actors, task, args))
