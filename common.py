@@ -936,7 +936,7 @@ class Run:
             self.write(means | {"time/samples_per_second": rate})
             self.pending = []
         self.bar.update(self.items - self.items_before)
-        reward = np.mean([sample.reward for sample in samples])
+        reward = sum(sample.reward for sample in samples) / episodes
         self.bar.set_postfix_str(
             f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
         )
@@ -949,7 +949,7 @@ class Run:
             self.write(metrics)
             self.log_samples(samples, "eval")
             self.shown, self.mark = samples, time.perf_counter()
-            reward = metrics["eval/reward"]
+            reward = metrics["eval/return"]
             self.bar.write(f"evaluation after {self.items} items: reward {reward:.3f}")
 
     def log_samples(self, samples: list[Sample], phase: str) -> None:

@@ -76,7 +76,7 @@ class Args(common.RunArgs):
     # learning
 
     agent_learning_rate: float = 2e-3
-    """Learning rate of the actors (Adam); 1e-5 or less for a pretrained model."""
+    """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics, value heads included (Adam)."""
     value_loss_coef: float = 1.0

@@ -53,7 +53,7 @@ class Args(common.RunArgs):
     value_head_hidden_dim: int | None = None
     """Hidden units of the value heads; None = one linear layer."""
     value_clip_range: float | None = 0.2
-    """How far a value may move in an update (5); None = without V_clip."""
+    """Reach of V_clip in (5), which acts once minibatches are smaller; None = off."""
     critic_type: str = "v"
     """v: critics learn the value of a history; q: of a history and an action."""
 
@@ -79,7 +79,7 @@ class Args(common.RunArgs):
     # learning
 
     agent_learning_rate: float = 2e-3
-    """Learning rate of the actors (Adam); 1e-5 or less for a pretrained model."""
+    """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics, value heads included (Adam)."""
     value_loss_coef: float = 1.0

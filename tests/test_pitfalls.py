@@ -1,5 +1,5 @@
 """One test per known defect of public trainers; tests/benchmarks/mutants.py takes each handling
-out and sees its test fail. The numbers are those of the README's list."""
+out and sees its test fail, and names each by its number."""
 
 import math
 import warnings
@@ -406,3 +406,15 @@ def test_19_a_buffer_of_one_is_left_as_it_is(script):
 def test_21_tests_run_on_one_thread():
     assert torch.get_num_threads() == 1
     assert "OMP_NUM_THREADS" in (ROOT / "tests" / "test_readme.py").read_text()
+
+
+def test_every_mutant_still_finds_what_it_breaks():
+    """tests/benchmarks/mutants.py takes minutes; this sees in no time that it can run."""
+    import runpy
+
+    mutants = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "mutants.py"))[
+        "MUTANTS"
+    ]
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    assert [old for _, _, old, _, _ in mutants if old not in code] == []
+    assert {pitfall for pitfall, *_ in mutants} == set(range(1, 20))

@@ -35,7 +35,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (11, "means of means", ".sum() / len(prompts)", ".mean()", "test_11"),
     (11, "entropy by micro-batch", "/ sum(map(len, completions))", "/ sum(map(len, completions[part]))", "test_11"),
     (12, "all logits in the update", '"logits_to_keep": places}', '"logits_to_keep": torch.arange(width + len(places), device=places.device)}', "test_12"),
-    (12, "all logits in sampling", "logits_to_keep=1", "logits_to_keep=0", "test_12"),
+    (12, "all logits in sampling", '"logits_to_keep": 1}', '"logits_to_keep": 0}', "test_12"),
     (13, "a second pass for the value", "    values = actor.value_head(hidden.float())\n", "    values = critic_values(actor, prompts, args)\n", "test_13"),
     (14, "text encoded again", "self.completion_ids.append(completion)", "self.completion_ids.append(actor.tokenizer(actor.tokenizer.decode(completion)).input_ids[::-1])", "test_14"),
     (15, "the first agent's tokenizer", "common.encode(actor, prompts, room", "common.encode(actors[0], prompts, room", "test_15"),
