@@ -1,5 +1,6 @@
 """The README's commands run as they stand, in a copy of the project, with small budgets."""
 
+import json
 import os
 import re
 import shlex
@@ -78,9 +79,39 @@ def test_command(command, project, request):
     assert (folder / "metrics.jsonl").is_file() and "completions" in out
 
 
-def test_the_python_example(project):
-    (project / "example.py").write_text(PYTHON[1] + "print(folder)\n")
+def test_the_python_examples(project):
+    own, transition, call = PYTHON
+    names = {}
+    exec(transition, names)
+    texts = names["external_transition"](
+        prompt="p", agent_completions=["a", "b"], num_agents=2
+    )
+    assert texts == ["p you wrote a", "p you wrote b"]
+    (project / "example.py").write_text(call + "print(folder)\n")
     assert "runs/" in run([sys.executable, "example.py"], project)
+
+
+def test_the_readme_s_team_learns(project):
+    """The example task's reward climbs, as a reader who runs it expects."""
+    command = "python maac.py --task my_task.py"
+    assert command in COMMANDS
+    run(
+        [
+            sys.executable,
+            *command.split()[1:],
+            "--num-train-epochs",
+            "6",
+            "--exp-name",
+            "own",
+        ],
+        project,
+    )
+    folder = next((project / "runs").glob("own__my_task*"))
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    rewards = [line["eval/reward"] for line in lines if "eval/reward" in line]
+    assert rewards[0] < 0.15 and rewards[-1] > rewards[0] + 0.2
 
 
 def test_the_benchmarks(project):
