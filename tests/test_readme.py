@@ -81,12 +81,11 @@ def test_command(command, project, request):
 
 
 def test_the_python_examples(project):
-    own, transition, call = PYTHON
-    names = {}
-    exec(transition, names)
-    texts = names["external_transition"](
-        prompt="p", agent_completions=["a", "b"], num_agents=2
-    )
+    _, transition, call = PYTHON
+    (project / "snippet.py").write_text(transition)
+    given = {"prompt": "p", "agent_completions": ["a", "b"], "num_agents": 2}
+    snippet = runpy.run_path(str(project / "snippet.py"))
+    texts = snippet["external_transition"](**given)
     assert texts == ["p you wrote a", "p you wrote b"]
     (project / "example.py").write_text(call + "print(folder)\n")
     assert "runs/" in run([sys.executable, "example.py"], project)
