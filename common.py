@@ -303,31 +303,22 @@ class Task:
 def sum_to_target(args: Any) -> Task:
     """Each agent writes a number, unseen by the others; together they should add up.
 
-    An answer is worth 1 / (1 + |sum - target|), times the share of agents that wrote a number:
-    1 at best, 0.37 for a team that does not read the target. The first turn pays what its
-    answer is worth, a later one what it improves on the answer before.
+    A turn is paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at
+    best, 0.37 for a team that does not read the target. Where there are several turns each
+    costs 1, so that being right at once, which may end the episode, is never worse.
     """
+    cost = 0.0 if args.num_turns == 1 else 1.0
 
     def number(text: str) -> int | None:
         return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
 
-    def worth(texts: Sequence[str], target: int) -> float:
-        numbers = [number(text) for text in texts]
-        error = abs(sum(n or 0 for n in numbers) - target)
-        return sum(n is not None for n in numbers) / len(numbers) / (1 + error)
-
-    def reward(
-        *completions: list[str], batch_items: list[dict], prompts: list
-    ) -> list[float]:
+    def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
         rewards = []
-        for texts, asked in zip(zip(*completions), zip(*prompts), strict=True):
-            former = [
-                text.split("yours ")[1].split(",")[0] for text in asked if "," in text
-            ]
-            target = batch_items[0]["target"]
-            rewards.append(
-                worth(texts, target) - (worth(former, target) if former else 0.0)
-            )
+        for texts in zip(*completions, strict=True):
+            numbers = [number(text) for text in texts]
+            error = abs(sum(n or 0 for n in numbers) - batch_items[0]["target"])
+            readable = sum(n is not None for n in numbers) / len(numbers)
+            rewards.append(readable / (1 + error) - cost)
         return rewards
 
     def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:

@@ -57,7 +57,7 @@ def tiny_args(module: ModuleType, folder: Path, **changes: Any) -> Any:
 
 def small_task(items: int = 16, **changes: Any) -> common.Task:
     """The default game with few items."""
-    task = common.sum_to_target(None)
+    task = common.sum_to_target(SimpleNamespace(num_turns=1))
     few = task.train_dataset[:items]
     return replace(task, train_dataset=few, eval_dataset=few[:4], **changes)
 

@@ -194,7 +194,7 @@ def test_every_script_learns(script, tmp_path):
         logging_steps=200,
         eval_interval=0,
     )
-    folder = script.train(args, common.sum_to_target(None))
+    folder = script.train(args, common.sum_to_target(args))
     rewards = [m["rollout/reward"] for m in lines(folder) if "rollout/reward" in m]
     assert rewards[0] < 0.1
     assert np.mean(rewards[-5:]) > 0.2

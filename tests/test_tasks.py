@@ -12,39 +12,22 @@ TWO = SimpleNamespace(
 
 
 def test_sum_to_target_rewards_by_hand():
-    task = common.sum_to_target(None)
     item = {"prompt": "target 7\n", "target": 7}
     first, second = (
         ["3", "3", " 9\n", "x", "", "-1", "7"],
         ["4", "5", "9", "7", "", "8", "x"],
     )
     expected = [1.0, 1 / 2, 1 / 12, 0.5, 0.0, 0.5 / 2, 0.5]
-    prompts = [[item["prompt"]] * 7] * 2
-    rewards = task.reward_func(first, second, batch_items=[item], prompts=prompts)
-    assert rewards == pytest.approx(expected)
-    assert task.reward_func(
-        ["1"], ["2"], ["4"], batch_items=[item], prompts=[["p"]] * 3
-    ) == [1.0]
-
-
-def test_sum_to_target_pays_a_later_turn_for_what_it_improves():
-    """The rewards of an episode add up to what its last answer is worth."""
-    task = common.sum_to_target(None)
-    item = {"prompt": "target 7\n", "target": 7}
-    total, prompts = 0.0, [item["prompt"]] * 2
-    for answers, worth in (
-        (["3", "5"], 0.5),
-        (["x", "7"], 0.5),
-        (["3", "4"], 1.0),
-        (["", "a"], 0.0),
-    ):
-        columns = [[prompt] for prompt in prompts]
-        texts = [[answer] for answer in answers]
-        total += task.reward_func(*texts, batch_items=[item], prompts=columns)[0]
-        assert total == pytest.approx(worth)
-        prompts = task.external_transition(
-            prompt=item["prompt"], agent_completions=answers
-        )
+    task = common.sum_to_target(TWO)
+    assert task.reward_func(first, second, batch_items=[item]) == pytest.approx(
+        expected
+    )
+    assert task.reward_func(["1"], ["2"], ["4"], batch_items=[item]) == [1.0]
+    several = common.sum_to_target(SimpleNamespace(num_turns=2))
+    costly = [worth - 1 for worth in expected]
+    assert several.reward_func(first, second, batch_items=[item]) == pytest.approx(
+        costly
+    )
 
 
 def test_sum_to_target_without_reading_the_target():
@@ -54,7 +37,7 @@ def test_sum_to_target_without_reading_the_target():
 
 
 def test_sum_to_target_tells_each_agent_its_own_number_and_the_sum():
-    task = common.sum_to_target(None)
+    task = common.sum_to_target(TWO)
     texts = task.external_transition(prompt="target 7\n", agent_completions=["3", "x"])
     assert texts == ["target 7\nyours 3, sum 3\n", "target 7\nyours None, sum 3\n"]
 

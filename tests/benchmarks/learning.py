@@ -27,7 +27,7 @@ SCRIPTS = ("maac", "iac_separate", "iac_shared")
 BARS = {
     "two_agents": [],
     "three_agents": ["--num-agents", "3"],
-    "two_turns": ["--num-turns", "2", "--early-termination-threshold", "0.99"],
+    "two_turns": ["--num-turns", "2", "--early-termination-threshold", "-0.01"],
     "two_turns_to_the_end": ["--num-turns", "2"],
     "length_ratio": shlex.split(
         "--task length_ratio --max-new-tokens 64 --agent-learning-rate 2e-5"
@@ -90,15 +90,16 @@ def measure(script: str, bar: str, seed: int, args: Args) -> dict[str, object]:
         json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     train = [line for line in lines if "rollout/reward" in line]
+    cost = 1.0 if bar.startswith("two_turns") else 0.0  # of a turn, see sum_to_target
     evaluations = [line for line in lines if "eval/reward" in line]
-    final = np.array([line["rollout/return"] for line in train])
+    final = np.array([line["rollout/final_reward"] for line in train]) + cost
     quarter = max(1, len(final) // 4)
     first, last = final[:quarter], final[-quarter:]
     return {
         "script": script,
         "bar": bar,
         "seed": seed,
-        "untrained": evaluations[0]["eval/reward"],
+        "untrained": evaluations[0]["eval/final_reward"] + cost,
         "last_tenth": float(final[-max(1, len(final) // 10) :].mean()),
         "turns": float(
             np.mean([line["rollout/turns"] for line in train[-len(train) // 10 :]])
