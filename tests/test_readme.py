@@ -114,21 +114,28 @@ def test_the_readme_s_team_learns(project):
     assert rewards[0] < 0.15 and rewards[-1] > rewards[0] + 0.2
 
 
-def test_the_benchmarks(project):
-    small = f"{' '.join(SMALL)} --rollout-buffer-size 500"
+LEARNING = [c for c in COMMANDS if "learning.py" in c]
+
+
+@pytest.mark.parametrize("command", LEARNING)
+def test_the_learning_benchmark(command, project, request):
+    """Each command, for one script and seed and a few updates."""
     words = [
-        "tests/benchmarks/learning.py",
+        sys.executable,
+        *shlex.split(command)[1:],
+        "--scripts",
+        "iac_shared",
         "--seeds",
         "1",
-        "--scripts",
-        "maac",
-        "--bars",
-        "two_agents",
     ]
-    assert "python tests/benchmarks/learning.py" in COMMANDS
-    assert "| two_agents | maac | 1 |" in run(
-        [sys.executable, *words, "--flags", small], project
-    )
+    small = f"{' '.join(SMALL)} --rollout-buffer-size 500"
+    if "length_ratio" in command:
+        words += ["--model", request.getfixturevalue("smollm2")]
+        small = f"{' '.join(SMALL)} --rollout-buffer-size 32 --max-new-tokens 4"
+    assert "| iac_shared | 1 |" in run([*words, "--flags", small], project)
+
+
+def test_the_mutants_benchmark(project):
     assert "python tests/benchmarks/mutants.py" in COMMANDS
     out = run([sys.executable, "tests/benchmarks/mutants.py", "8"], project)
     assert "1 of 1 killed" in out
