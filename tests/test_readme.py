@@ -132,7 +132,7 @@ def test_the_learning_benchmark(command, project, request):
     if "length_ratio" in command:
         words += ["--model", request.getfixturevalue("smollm2")]
         small = f"{' '.join(SMALL)} --rollout-buffer-size 32 --max-new-tokens 4"
-    assert "| iac_shared | 1 |" in run([*words, "--flags", small], project)
+    assert "| iac_shared | 1 |" in run([*words, f"--flags={small}"], project)
 
 
 def test_the_mutants_benchmark(project):

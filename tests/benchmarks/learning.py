@@ -58,7 +58,7 @@ class Args:
     processes: int = 1
     """Runs at the same time; above 1 each has one thread."""
     flags: str = ""
-    """Further flags of the scripts, such as "--num-train-epochs 1"."""
+    """Further flags of the scripts: --flags='--num-train-epochs 1'."""
     output: Path = Path("runs/learning.jsonl")
     """File to which each run's line is appended."""
 
