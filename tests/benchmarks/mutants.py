@@ -22,7 +22,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (2, "the checkpoint's sampling", "    if model.can_generate():\n", "    if not model.can_generate():\n", "test_02"),
     (2, "top_k 50 in sampling", "probabilities = warp(output.logits[:, -1], args)", "probabilities = warp(output.logits[:, -1].where(output.logits[:, -1] >= output.logits[:, -1].topk(3).values[:, -1:], -torch.inf), args)", "test_02"),
     (3, "cut at the end token", "row[: end.index(True) + 1]", "row[: max(end.index(True), 1)]", "test_03"),
-    (3, "one end id", "torch.tensor(actor.end_ids,", "torch.tensor(actor.end_ids[:1],", "test_03 test_14 test_generation"),
+    (3, "one end id", "return self.model.generation_config.eos_token_id", "return self.model.generation_config.eos_token_id[:1]", "test_03"),
     (4, "no positions", "(mask.cumsum(1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand_as(mask)", "test_04"),
     (5, "dropout as configured", "setattr(config, key, 0.0)", "pass", "test_05"),
     (6, "the checkpoint's dtype", '"dtype": torch.float32}', '"dtype": "auto"}', "test_06"),
