@@ -4,14 +4,18 @@ Flags of a run, tasks, the calls of a user's functions, models and tokenizers, t
 Generation, log-probabilities, values, advantages, losses and updates stand in the scripts.
 """
 
+import ctypes
+import functools
 import importlib.util
 import inspect
 import json
 import math
+import os
 import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,6 +32,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# An update takes and frees gigabytes, again and again. On a CPU, most of the time of a forward
+# pass can go into fetching their pages anew: take them in huge pages, and keep what is freed.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # torch has the cores
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+        ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
@@ -232,11 +243,28 @@ class Learner:
     tokenizer: transformers.PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer | None = None
     value_head: torch.nn.Module | None = None
+    seconds: Counter[str] = field(default_factory=Counter)  # by phase, see timed
 
     @property
     def end_ids(self) -> list[int]:
         """The tokens that end an actor's completion."""
         return self.model.generation_config.eos_token_id
+
+
+def timed(phase: str) -> Callable[[Callable], Callable]:
+    """Decorator: adds a function's time to `seconds[phase]` of the learner it is given first."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed_function(learner: Learner, *args: Any) -> Any:
+            start = time.perf_counter()
+            result = function(learner, *args)
+            learner.seconds[phase] += time.perf_counter() - start
+            return result
+
+        return timed_function
+
+    return decorate
 
 
 @dataclass
@@ -523,10 +551,10 @@ def pay(task: Task, samples: list[Sample]) -> None:
     completions = [list(texts) for texts in zip(*(s.completions for s in samples))]
     optional = {"batch_items": [item]}
     optional["prompts"] = [list(texts) for texts in zip(*(s.prompts for s in samples))]
-    parameters = inspect.signature(task.reward_func).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-        optional = {name: value for name, value in optional.items() if name in taken}
+    taken = keywords_taken(task.reward_func)
+    optional = {
+        k: value for k, value in optional.items() if taken is None or k in taken
+    }
     who = f"task {task.name!r}, item {item!r:.200}: reward_func"
     with naming(who):
         rewards = task.reward_func(*completions, **optional)
@@ -545,6 +573,15 @@ def pay(task: Task, samples: list[Sample]) -> None:
         check_numbers(rewards, who)
     for sample, reward in zip(samples, rewards, strict=True):
         sample.reward = float(reward)
+
+
+@functools.lru_cache
+def keywords_taken(function: Callable) -> set[str] | None:
+    """The names that a function takes as keywords; None = any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
 
 
 def check_numbers(values: Sequence[Any], who: str) -> None:
@@ -756,14 +793,11 @@ def encode(
     """
     tokenizer = learner.tokenizer
     ids: list[list[int]] = [[] for _ in prompts]
-    for chat in (False, True):
-        rows = [
-            k for k, prompt in enumerate(prompts) if is_chat(prompt, tokenizer) == chat
-        ]
+    chats = [is_chat(prompt, tokenizer) for prompt in prompts]
+    for chat in set(chats):
+        rows = [k for k, is_one in enumerate(chats) if is_one == chat]
         texts = [render(prompts[k], tokenizer if chat else None) for k in rows]
-        encoded = (
-            tokenizer(texts, add_special_tokens=not chat).input_ids if rows else []
-        )
+        encoded = tokenizer(texts, add_special_tokens=not chat).input_ids
         for row, row_ids in zip(rows, encoded, strict=True):
             ids[row] = row_ids
     require(all(ids), f"{learner.name} was given an empty prompt")
@@ -805,10 +839,15 @@ def slices(count: int, size: int | None) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def minibatches(count: int, args: Any) -> list[list[int]]:
-    """The places of a buffer's samples in random order, train_batch_size at a time."""
-    order = torch.randperm(count).tolist()
-    return [order[part] for part in slices(count, args.train_batch_size)]
+def minibatches(samples: list[Sample], args: Any) -> list[list[int]]:
+    """The places of a buffer's samples in random order, train_batch_size at a time.
+
+    Within a minibatch they stand by length, so that micro-batches need little padding.
+    """
+    order = torch.randperm(len(samples)).tolist()
+    lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
+    parts = slices(len(order), args.train_batch_size)
+    return [sorted(order[part], key=lengths.__getitem__) for part in parts]
 
 
 def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
@@ -849,7 +888,9 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
 class Run:
     """A run's folder, its loggers and its progress bar; a context manager."""
 
-    def __init__(self, args: Any, task: Task, script: str) -> None:
+    def __init__(
+        self, args: Any, task: Task, script: str, learners: list[Learner]
+    ) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.exp_name or script}__{task.name}__{args.seed}__{stamp}"
         self.folder = Path(args.output_dir) / name
@@ -861,6 +902,8 @@ class Run:
             json.dumps(asdict(args), indent=2) + "\n"
         )
         self.args, self.task = args, task
+        self.learners = {learner.name: learner for learner in learners}
+        self.seconds: Counter[str] = Counter()  # by phase, since the last line
         self.epochs = 0 if args.eval_only else args.num_train_epochs
         self.total_items = self.epochs * len(task.train_dataset)
         self.items = self.items_before = self.updates = self.samples = 0
@@ -916,16 +959,20 @@ class Run:
         self.updates += 1
         self.pending.append(rollout_metrics(self.task, samples, "rollout") | losses)
         self.log_samples(samples, "train")
-        self.train_seconds += time.perf_counter() - self.mark
-        self.mark = time.perf_counter()
+        lap = self.lap()
+        self.seconds.update(lap)
+        self.train_seconds += lap.total()
         rate = self.samples / self.train_seconds
         if self.crossed(self.args.logging_steps):
             keys = dict.fromkeys(key for metrics in self.pending for key in metrics)
             means = {
                 k: float(np.mean([m[k] for m in self.pending if k in m])) for k in keys
             }
-            self.write(means | {"time/samples_per_second": rate})
+            total = self.seconds.total()
+            times = {f"time/{k}_share": s / total for k, s in self.seconds.items()}
+            self.write(means | times | {"time/samples_per_second": rate})
             self.pending = []
+            self.seconds.clear()
         self.bar.update(self.items - self.items_before)
         reward = sum(sample.reward for sample in samples) / episodes
         self.bar.set_postfix_str(
@@ -939,9 +986,21 @@ class Run:
                 metrics = rollout_metrics(self.task, samples, "eval")
             self.write(metrics)
             self.log_samples(samples, "eval")
-            self.shown, self.mark = samples, time.perf_counter()
+            self.shown = samples
             reward = metrics["eval/return"]
             self.bar.write(f"evaluation after {self.items} items: reward {reward:.3f}")
+            self.lap()  # is not training time
+
+    def lap(self) -> Counter[str]:
+        """The seconds of each phase, and of the rest, since this was last asked."""
+        seconds: Counter[str] = Counter()
+        for learner in self.learners.values():
+            seconds.update(learner.seconds)
+            learner.seconds.clear()
+        now = time.perf_counter()
+        seconds["rest"] = now - self.mark - seconds.total()
+        self.mark = now
+        return seconds
 
     def log_samples(self, samples: list[Sample], phase: str) -> None:
         """Append the first log_samples joint samples to samples.jsonl."""
@@ -972,10 +1031,9 @@ class Run:
         if self.wandb is not None:
             self.wandb.log(line, step=self.items)
 
-    def save(self, learners: list[Learner]) -> None:
+    def save(self) -> None:
         """Write each model as a Hugging Face folder, a value head as value_head.pt in it."""
-        named = {learner.name: learner for learner in learners}
-        for name, learner in named.items() if not self.args.eval_only else ():
+        for name, learner in self.learners.items() if not self.args.eval_only else ():
             folder = self.folder / name
             learner.model.save_pretrained(folder)
             learner.tokenizer.save_pretrained(folder)

@@ -166,6 +166,7 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     return scores.masked_fill(cut, -torch.inf)
 
 
+@common.timed("generation")
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
     """Sample a completion for each prompt, all in one batch.
@@ -289,6 +290,7 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     return critic.value_head(output.last_hidden_state[:, -1].float())  # from (B, L, H)
 
 
+@common.timed("values")
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
@@ -333,6 +335,7 @@ def optimizer_step(learner: Learner, args: Args) -> float:
     return norm.item()
 
 
+@common.timed("update")
 def update_critic(
     critic: Learner, texts: Ids, targets: Tensor, args: Args
 ) -> dict[str, float]:
@@ -351,6 +354,7 @@ def update_critic(
     return {f"{name}/{critic.name}": value for name, value in losses.items()}
 
 
+@common.timed("update")
 def update_actor(
     actor: Learner, samples: list[Sample], agent: int, weights: Tensor, args: Args
 ) -> dict[str, float]:
@@ -377,7 +381,7 @@ def update(
 ) -> dict[str, float]:
     """One pass over the buffer; returns the losses, averaged over its samples."""
     metrics: dict[str, float] = defaultdict(float)
-    batches = common.minibatches(len(samples), args)
+    batches = common.minibatches(samples, args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
         texts = critic_texts(critic, samples, agent, args)
         values = estimate_values(critic, texts, args)
@@ -433,7 +437,7 @@ def train(args: Args, task: Task | None = None) -> Path:
         for agent, critic in enumerate(critics):
             critic_texts(critic, first, agent, args)  # refuses what is too long
 
-    with common.Run(args, task, Path(__file__).stem) as run:
+    with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
         run.log_evaluation(evaluate(actors, task, args))
         for _ in range(run.epochs):
             order = torch.randperm(len(task.train_dataset)).tolist()
@@ -442,7 +446,7 @@ def train(args: Args, task: Task | None = None) -> Path:
                 run.log_update(samples, update(actors, critics, samples, args))
                 if run.evaluation_due():
                     run.log_evaluation(evaluate(actors, task, args))
-        run.save(actors + critics)
+        run.save()
     return run.folder
 
 

@@ -166,6 +166,7 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     return scores.masked_fill(cut, -torch.inf)
 
 
+@common.timed("generation")
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
     """Sample a completion for each prompt, all in one batch.
@@ -291,6 +292,7 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     return critic.value_head(output.last_hidden_state[:, -1].float())  # from (B, L, H)
 
 
+@common.timed("values")
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
@@ -335,6 +337,7 @@ def optimizer_step(learner: Learner, args: Args) -> float:
     return norm.item()
 
 
+@common.timed("update")
 def update_critic(
     critic: Learner, texts: Ids, targets: Tensor, args: Args
 ) -> dict[str, float]:
@@ -353,6 +356,7 @@ def update_critic(
     return {f"{name}/{critic.name}": value for name, value in losses.items()}
 
 
+@common.timed("update")
 def update_actor(
     actor: Learner, samples: list[Sample], agent: int, weights: Tensor, args: Args
 ) -> dict[str, float]:
@@ -386,7 +390,7 @@ def update(
     values = estimate_values(critic, texts, args)
     targets = td_targets(samples, values, args)
     weights = advantages(targets, values, args)
-    for batch in common.minibatches(len(samples), args):
+    for batch in common.minibatches(samples, args):
         inputs = [texts[k] for k in batch]
         losses = update_critic(critic, inputs, targets[batch], args)
         chosen = [samples[k] for k in batch]
@@ -436,7 +440,7 @@ def train(args: Args, task: Task | None = None) -> Path:
     for first in common.first_samples(task, actors, args):
         critic_texts(critics[0], first, args)  # refuses what is too long to read
 
-    with common.Run(args, task, Path(__file__).stem) as run:
+    with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
         run.log_evaluation(evaluate(actors, task, args))
         for _ in range(run.epochs):
             order = torch.randperm(len(task.train_dataset)).tolist()
@@ -445,7 +449,7 @@ def train(args: Args, task: Task | None = None) -> Path:
                 run.log_update(samples, update(actors, critics, samples, args))
                 if run.evaluation_due():
                     run.log_evaluation(evaluate(actors, task, args))
-        run.save(actors + critics)
+        run.save()
     return run.folder
 
 
