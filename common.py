@@ -36,9 +36,9 @@ transformers.logging.disable_progress_bar()
 # pass can go into fetching their pages anew: take them in huge pages, and keep what is freed.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # torch has the cores
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-        ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h; older glibc refuses the first
+    _ = libc.mallopt(-3, 2**31 - 1) and libc.mallopt(-1, 2**31 - 1)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
@@ -252,13 +252,13 @@ class Learner:
 
 
 def timed(phase: str) -> Callable[[Callable], Callable]:
-    """Decorator: adds a function's time to `seconds[phase]` of the learner it is given first."""
+    """Decorator: adds a call's time to `seconds[phase]` of the learner it is given first."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
-        def timed_function(learner: Learner, *args: Any) -> Any:
+        def timed_function(learner: Learner, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            result = function(learner, *args)
+            result = function(learner, *args, **kwargs)
             learner.seconds[phase] += time.perf_counter() - start
             return result
 
@@ -326,6 +326,14 @@ class Task:
     """Samples of an update or of an evaluation -> metrics of your own."""
     name: str = "task"
     """What messages and the run folder call it; --task sets it."""
+
+    @functools.cached_property
+    def reward_keywords(self) -> set[str] | None:
+        """The names that reward_func takes as keywords; None = any."""
+        parameters = inspect.signature(self.reward_func).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
 
 
 def sum_to_target(args: Any) -> Task:
@@ -551,10 +559,8 @@ def pay(task: Task, samples: list[Sample]) -> None:
     completions = [list(texts) for texts in zip(*(s.completions for s in samples))]
     optional = {"batch_items": [item]}
     optional["prompts"] = [list(texts) for texts in zip(*(s.prompts for s in samples))]
-    taken = keywords_taken(task.reward_func)
-    optional = {
-        k: value for k, value in optional.items() if taken is None or k in taken
-    }
+    if task.reward_keywords is not None:
+        optional = {k: optional[k] for k in optional.keys() & task.reward_keywords}
     who = f"task {task.name!r}, item {item!r:.200}: reward_func"
     with naming(who):
         rewards = task.reward_func(*completions, **optional)
@@ -573,15 +579,6 @@ def pay(task: Task, samples: list[Sample]) -> None:
         check_numbers(rewards, who)
     for sample, reward in zip(samples, rewards, strict=True):
         sample.reward = float(reward)
-
-
-@functools.lru_cache
-def keywords_taken(function: Callable) -> set[str] | None:
-    """The names that a function takes as keywords; None = any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
 
 
 def check_numbers(values: Sequence[Any], who: str) -> None:
@@ -927,6 +924,7 @@ class Run:
         self.bar = tqdm(
             total=self.total_items, unit="item", disable=self.args.eval_only
         )
+        self.lap()  # what the loggers took to start is no training time
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -989,7 +987,7 @@ class Run:
             self.shown = samples
             reward = metrics["eval/return"]
             self.bar.write(f"evaluation after {self.items} items: reward {reward:.3f}")
-            self.lap()  # is not training time
+        self.lap()  # nor is this
 
     def lap(self) -> Counter[str]:
         """The seconds of each phase, and of the rest, since this was last asked."""

@@ -135,6 +135,19 @@ def test_the_learning_benchmark(command, project, request):
     assert "| iac_shared | 1 |" in run([*words, f"--flags={small}"], project)
 
 
+def test_the_speed_benchmark(project, smollm2):
+    """Its tables, but for the reference, which takes minutes to install and to run."""
+    command = "python tests/benchmarks/speed.py"
+    assert {command, f"{command} --parts default growth"} <= set(COMMANDS)
+    small = "--cases bfloat16 --rounds 1 --buffer 2 --max-new-tokens 2 --parts compare default"
+    words = [sys.executable, *command.split()[1:], *small.split()]
+    out = run([*words, "--scripts", "iac_shared", "--model", smollm2], project)
+    compared, default = (line for line in out.splitlines() if "| iac_shared.py" in line)
+    assert re.search(r"\| bfloat16 \| [\d.]+ \| - \| - \| [\d.]+ \(", compared)
+    shares = [int(share) for share in re.findall(r"(\d+) %", default)]
+    assert len(shares) == 4 and 97 <= sum(shares) <= 103
+
+
 def test_the_mutants_benchmark(project):
     assert "python tests/benchmarks/mutants.py" in COMMANDS
     out = run([sys.executable, "tests/benchmarks/mutants.py", "8"], project)

@@ -2,15 +2,30 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_task, tiny_args
+from conftest import (
+    ROOT,
+    micro_learner,
+    sample,
+    small_task,
+    tiny_args,
+    update_actor,
+)
 from test_pitfalls import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+
+MEMORY = ("THP_MEM", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+CLEAN = {k: value for k, value in os.environ.items() if not k.startswith(MEMORY)}
 
 
 def lines(folder, name="metrics.jsonl"):
@@ -44,6 +59,115 @@ def test_a_run_folder_holds_all(script, tmp_path, capsys):
     for critic in critics.get(script.__name__, ["agent_0", "agent_1"]):
         assert (folder / critic / "value_head.pt").is_file()
     assert str(folder) in capsys.readouterr().out
+
+
+def test_shares_of_the_time_are_those_of_training(
+    script, tmp_path, monkeypatch, capsys
+):
+    """By a clock of our own: phases, the rest, and evaluations, which are no training time."""
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    actor = micro_learner(script)
+
+    @common.timed("generation")
+    def generate(learner):
+        now[0] += 3
+
+    @common.timed("update")
+    def update(learner, seconds=0):
+        now[0] += seconds
+
+    samples = [sample([[2]], [[3]], episode=k) for k in range(4)]
+    args = tiny_args(script, tmp_path, num_train_epochs=2, logging_steps=4)
+    with common.Run(args, small_task(4), "clock", [actor, actor]) as run:
+        now[0] += 50  # loading
+        generate(actor)
+        now[0] += 100
+        run.log_evaluation(samples)
+        generate(actor)
+        update(actor, seconds=6)
+        now[0] += 1
+        run.log_update(samples, {})
+        update(actor, seconds=2)
+        run.log_update(samples, {})
+    first, second = [m for m in lines(run.folder) if "rollout/reward" in m]
+    shares = [
+        first[f"time/{phase}_share"] for phase in ("generation", "update", "rest")
+    ]
+    assert shares == pytest.approx([0.3, 0.6, 0.1])
+    assert second["time/update_share"] == 1 and "time/generation_share" not in second
+    assert second["time/samples_per_second"] == pytest.approx(8 / 12)
+
+
+def test_the_phases_of_the_time(script, monkeypatch):
+    """What each timed function counts as."""
+    args = script.Args(device="cpu", max_new_tokens=2)
+    actor = micro_learner(script)
+    script.generate(actor, [[2]], args)
+    assert set(actor.seconds) == {"generation"}
+    critic = micro_learner(script, head=True)
+    script.estimate_values(critic, [[2, 3]], args)
+    assert set(critic.seconds) == {"values"}
+    actor.seconds.clear()
+    update_actor(script, actor, [sample([[2]], [[3]])], 0, torch.ones(1), args)
+    assert set(actor.seconds) == {"update"}
+    if script.__name__ != "iac_shared":
+        critic.seconds.clear()
+        script.update_critic(critic, [[2]], torch.ones(1), args)
+        assert set(critic.seconds) == {"update"}
+
+
+def test_a_reward_function_may_be_a_plain_object(script, tmp_path):
+    """One that cannot be hashed, and takes a keyword."""
+
+    @dataclass
+    class Reward:
+        worth: float
+
+        def __call__(self, firsts, seconds, batch_items):
+            return [self.worth * len(batch_items) for _ in firsts]
+
+    folder = script.train(
+        tiny_args(script, tmp_path), replace(small_task(8), reward_func=Reward(0.5))
+    )
+    assert lines(folder)[1]["rollout/reward"] == 0.5
+
+
+def test_minibatches_are_drawn_at_random_and_stand_by_length(script, tmp_path):
+    """Every sample once; the order within a minibatch changes no gradient, only padding."""
+    lengths = [5, 1, 9, 3, 7, 2, 8, 4, 6, 10, 11]
+    samples = [sample([[2] * n], [[1]]) for n in lengths]
+    args = tiny_args(script, tmp_path, train_batch_size=4)
+    torch.manual_seed(0)
+    batches = common.minibatches(samples, args)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert sorted(k for batch in batches for k in batch) == list(range(11))
+    for batch in batches:
+        sizes = [lengths[k] for k in batch]
+        assert sizes == sorted(sizes)
+    assert batches != common.minibatches(samples, args)
+
+
+def huge_pages_on_request():
+    """Whether this system has 4 KB pages and gives huge ones to who asks, as usual."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    asked = setting.is_file() and "[madvise]" in setting.read_text()
+    return asked and os.sysconf("SC_PAGE_SIZE") == 4096
+
+
+@pytest.mark.skipif(not huge_pages_on_request(), reason="no huge pages on request")
+def test_freed_memory_is_kept_and_comes_in_huge_pages():
+    """Page faults of a tensor of 200 MB, taken three times: 48,829 each time without."""
+    code = (
+        "import common, resource, torch\n"
+        "for _ in range(3):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(50_000_000)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=CLEAN)
+    first, _, third = map(int, out.split())
+    assert first < 5_000 and third < 50
 
 
 def test_critics_go_on_where_a_run_left_them(script, tmp_path):

@@ -80,6 +80,46 @@ def test_log_probabilities_are_those_of_generate(script, smollm2):
     torch.set_num_threads(1)
 
 
+def test_bfloat16_keeps_log_probabilities(script, smollm2):
+    """Token by token, those of sampled text under autocast against float32's.
+
+    A logit between 16 and 32 is rounded to a multiple of 1/8, so a token in a hundred is off by
+    a little more than 0.1 nat.
+    """
+    torch.set_num_threads(2)
+    args = script.Args(device="cpu", max_new_tokens=32, entropy_coef=0.0)
+    actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], args)[0]
+    actor.value_head = script.value_head(actor, None)
+    chats = [
+        [{"role": "user", "content": f"Write a story about {topic}."}]
+        for topic in ("a lost dog", "the first snow", "a paper boat")
+    ]
+    prompts = common.encode(actor, chats)
+    torch.manual_seed(0)
+    before, tokens = [], []
+    for prompt, text in zip(
+        prompts, script.generate(actor, prompts, args), strict=True
+    ):
+        before += [prompt + text[:k] for k in range(len(text))]
+        tokens += [[token] for token in text]
+    assert len(tokens) > 30
+    with torch.no_grad():
+        exact, half = (
+            script.sequence_logprobs(actor, before, tokens, replace(args, dtype=dtype))[
+                0
+            ]
+            for dtype in ("float32", "bfloat16")
+        )
+    torch.set_num_threads(1)
+    off = (exact - half).abs()
+    assert 0 < off.mean() < 0.03 and off.max() < 0.2
+    assert (off < 0.1).float().mean() > 0.97
+    assert (
+        script.warp(torch.zeros(1, 4, dtype=torch.bfloat16), args).dtype
+        == torch.float32
+    )
+
+
 def test_the_chat_models_end_tokens(smollm2):
     import maac
 

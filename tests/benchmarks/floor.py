@@ -2,21 +2,27 @@
 
     python floor.py '{"script": "maac", "model": ".cache/smollm2", "prompts": ["a", "b"],
         "num_agents": 2, "config": {"max_new_tokens": 64, "num_generations": 1},
-        "dtype": "float32"}'
+        "dtype": "float32", "micro_batch_size": 4}'
 
 For each agent transformers' own `generate` on the batch of all prompts, then one forward and
 backward of each model over the same tokens (actors: cross entropy of the completions; critics:
-the last hidden state, the prompts only), and a fused AdamW step. No rewards, values, targets.
-Prints one JSON line with the seconds, loading left out.
+the last hidden state, the prompts only) and a fused AdamW step. No rewards, values, targets. It
+cuts the batch as the scripts do and has their memory settings, which come with `common`. Prints
+one JSON line with the seconds, loading left out.
 """
 
 import json
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
 
 
 def main(spec: dict) -> dict:
@@ -49,23 +55,26 @@ def main(spec: dict) -> dict:
                 top_p=1.0,
                 top_k=0,
             )
-        new = ids.shape[1] - prompts.input_ids.shape[1]
-        mask = torch.nn.functional.pad(prompts.attention_mask, (0, new), value=1)
+        written = ids.shape[1] - prompts.input_ids.shape[1]
+        mask = torch.nn.functional.pad(prompts.attention_mask, (0, written), value=1)
         inputs.append({"input_ids": ids, "attention_mask": mask})
-        lengths += [new] * len(ids)
+        lengths.append(written)
     reads = joint if spec["script"] == "maac" else texts
     inputs += [tokenizer(reads, return_tensors="pt", padding=True)] * critics
+    new = config["max_new_tokens"]
     for k, (model, optimizer, batch) in enumerate(zip(models, optimizers, inputs)):
-        with autocast:
-            if k < count:
-                new = config["max_new_tokens"]
-                logits = model(**batch, logits_to_keep=new + 1).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), batch["input_ids"][:, -new:].flatten()
-                )
-            else:
-                loss = model(**batch).last_hidden_state[:, -1].square().mean()
-        loss.backward()
+        for part in common.slices(len(texts), spec["micro_batch_size"]):
+            rows = {key: tensor[part] for key, tensor in batch.items()}
+            with autocast:
+                if k < count:
+                    logits = model(**rows, logits_to_keep=new + 1).logits[:, :-1]
+                    loss = torch.nn.functional.cross_entropy(
+                        logits.float().flatten(0, 1),
+                        rows["input_ids"][:, -new:].flatten(),
+                    )
+                else:
+                    loss = model(**rows).last_hidden_state[:, -1].square().mean()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return {"seconds": time.perf_counter() - start, "lengths": lengths}

@@ -6,8 +6,10 @@
 
 `compare` runs, in turn, each script, the same job with the reference trainer (CoMLRL, which it
 installs into an environment of its own) and the floor (floor.py): one update of 16 joint samples,
-every completion of full length, loading left out. A line per process is printed and kept in
---output, then the tables: medians over the rounds, and the range of the ratios.
+the first of its process, every completion of full length, loading left out. A line per process is
+printed and added to --output; the table is of all lines there: medians over the rounds, and the
+range of the ratios. --rounds 0 prints the table alone. bfloat16 is autocast, set against the
+reference in float32. Everything runs on the CPU.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import tyro
 
@@ -47,12 +50,20 @@ PROMPTS = [
 class Args:
     """What to measure."""
 
-    parts: tuple[str, ...] = ("compare",)
-    """compare, growth or default, or several."""
-    scripts: tuple[str, ...] = SCRIPTS
+    parts: tuple[Literal["compare", "growth", "default"], ...] = ("compare",)
+    """What to measure."""
+    scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
     """Scripts to measure."""
-    cases: tuple[str, ...] = ("float32", "bfloat16", "four_generations")
-    """Cases of `compare`; bfloat16 is set against the reference in float32."""
+    cases: tuple[Literal["float32", "bfloat16", "four_generations"], ...] = (
+        "float32",
+        "bfloat16",
+        "four_generations",
+    )
+    """Cases of `compare`."""
+    buffer: int = 16
+    """Joint samples of an update in `compare`."""
+    max_new_tokens: int = 64
+    """Tokens of every completion in `compare`."""
     rounds: int = 3
     """Rounds of `compare`; in each every process runs once."""
     model: Path = Path(".cache/smollm2")
@@ -60,7 +71,7 @@ class Args:
     environment: Path = Path(".cache/comlrl")
     """Where the reference is installed."""
     micro_batch_size: int = 4
-    """Of our scripts in `compare`: the peak of memory depends on it."""
+    """Of our scripts and the floor: the peak of memory depends on it."""
     output: Path = Path("runs/speed.jsonl")
     """File to which each process's line is appended."""
 
@@ -127,16 +138,16 @@ def install_reference(folder: Path) -> Path:
             f"torch=={torch.__version__.split('+')[0]}",
             f"transformers=={transformers.__version__}",
         ]
-        for packages in (same, [REFERENCE]):
-            install = [str(python), "-m", "pip", "install", "--quiet", *packages]
-            subprocess.run(install, check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *same, REFERENCE]
+        subprocess.run(install, check=True)
     return python
 
 
 def run(command: list[str]) -> tuple[str, int]:
     """The standard output of a process that succeeds, and its peak memory in MB."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
+        alone = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=alone)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -210,40 +221,53 @@ CASES = {
 
 
 def compare(args: Args, measured: Callable[[Job], dict]) -> str:
-    """Our scripts, the reference and the floor, in turn; a table of ratios."""
-    results: dict[tuple[str, ...], list[dict]] = {}
+    """Our scripts, the reference and the floor, in turn; a table of all in --output."""
+    base = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
+    ours = {"micro_batch_size": args.micro_batch_size}
+    pairs = list(itertools.product(args.scripts, args.cases))
     for _ in range(args.rounds):
-        for script, case in itertools.product(args.scripts, args.cases):
-            for who in ("ours", "floor", "reference"):
-                if who == "reference" and case == "bfloat16":
-                    continue
-                job = Job(who, script, **CASES[case])
-                if who == "ours":
-                    job.micro_batch_size = args.micro_batch_size
-                results.setdefault((who, script, case), []).append(measured(job))
+        for script, case in pairs:
+            measured(Job("ours", script, **base, **CASES[case], **ours))
+            measured(Job("floor", script, **base, **CASES[case], **ours))
+            if case != "bfloat16":
+                measured(Job("reference", script, **base, **CASES[case]))
+    lines = [json.loads(line) for line in args.output.read_text().splitlines()]
+
+    def results(who: str, script: str, case: str) -> list[dict]:
+        size = {} if who == "reference" else ours
+        wanted = asdict(Job(who, script, **base, **CASES[case], **size))
+        return [line for line in lines[::-1] if wanted.items() <= line.items()]
+
     rows = [
-        "| script | case | joint samples/s | reference's | ratio | time over floor | "
+        "| script | case | joint samples/s | reference, float32 | ratio | time over floor | "
         + ", ".join(PHASES)
         + " | peak MB, reference's, ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for script, case in itertools.product(args.scripts, args.cases):
-        ours, floor = (results[who, script, case] for who in ("ours", "floor"))
+    for script, case in pairs:
+        mine, floor = results("ours", script, case), results("floor", script, case)
         against = "float32" if case == "bfloat16" else case
-        reference = results.get(("reference", script, against), [])
+        theirs = results("reference", script, against)
+        if not mine:
+            continue
         shares = [
-            f"{100 * median(r['times'][phase] for r in ours):.0f} %" for phase in PHASES
+            f"{100 * median(r['times'][phase] for r in mine):.0f} %" for phase in PHASES
         ]
-        cells = [f"{script}.py", case, f"{rate(ours):.3f}"]
-        peak = median(r["memory"] for r in ours)
+        peak = median(r["memory"] for r in mine)
         memory = f"{peak:.0f}"
-        if reference:
-            cells += [f"{rate(reference):.3f}", spread(ours, reference)]
-            theirs = median(r["memory"] for r in reference)
-            memory += f", {theirs:.0f}, {peak / theirs:.2f}"
-        else:
-            cells += ["-", "-"]
-        cells += [spread(floor, ours), ", ".join(shares), memory]
+        if theirs:
+            other = median(r["memory"] for r in theirs)
+            memory += f", {other:.0f}, {peak / other:.2f}"
+        cells = [
+            f"{script}.py",
+            case,
+            f"{rate(mine):.3f}",
+            f"{rate(theirs):.3f}" if theirs else "-",
+            spread(mine, theirs),
+            spread(floor, mine),
+            ", ".join(shares),
+            memory,
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -254,11 +278,13 @@ def rate(results: list[dict]) -> float:
 
 
 def spread(upper: list[dict], lower: list[dict]) -> str:
-    """Median and range of the rounds' ratios of joint samples per second."""
+    """Median and range of the rounds' ratios of joint samples per second, latest first."""
     ratios = [
         one["samples_per_second"] / other["samples_per_second"]
-        for one, other in zip(upper, lower, strict=True)
+        for one, other in zip(upper, lower)
     ]
+    if not ratios:
+        return "-"
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
@@ -314,9 +340,8 @@ def main(args: Args) -> None:
     tables = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        python = (
-            install_reference(args.environment) if "compare" in args.parts else None
-        )
+        against = "compare" in args.parts and set(args.cases) != {"bfloat16"}
+        python = install_reference(args.environment) if against else None
         if set(args.parts) & {"compare", "growth"}:
             model = endless(args.model, folder)
 
