@@ -61,9 +61,7 @@ def test_a_run_folder_holds_all(script, tmp_path, capsys):
     assert str(folder) in capsys.readouterr().out
 
 
-def test_shares_of_the_time_are_those_of_training(
-    script, tmp_path, monkeypatch, capsys
-):
+def test_shares_of_the_time_are_those_of_training(script, tmp_path, monkeypatch):
     """By a clock of our own: phases, the rest, and evaluations, which are no training time."""
     now = [0.0]
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
@@ -99,7 +97,7 @@ def test_shares_of_the_time_are_those_of_training(
     assert second["time/samples_per_second"] == pytest.approx(8 / 12)
 
 
-def test_the_phases_of_the_time(script, monkeypatch):
+def test_the_phases_of_the_time(script):
     """What each timed function counts as."""
     args = script.Args(device="cpu", max_new_tokens=2)
     actor = micro_learner(script)
@@ -134,7 +132,7 @@ def test_a_reward_function_may_be_a_plain_object(script, tmp_path):
 
 
 def test_minibatches_are_drawn_at_random_and_stand_by_length(script, tmp_path):
-    """Every sample once; the order within a minibatch changes no gradient, only padding."""
+    """Every sample once, minibatches of the asked size, those of each by length."""
     lengths = [5, 1, 9, 3, 7, 2, 8, 4, 6, 10, 11]
     samples = [sample([[2] * n], [[1]]) for n in lengths]
     args = tiny_args(script, tmp_path, train_batch_size=4)

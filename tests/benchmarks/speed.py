@@ -51,7 +51,7 @@ class Args:
     """What to measure."""
 
     parts: tuple[Literal["compare", "growth", "default"], ...] = ("compare",)
-    """What to measure."""
+    """Tables to make."""
     scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
     """Scripts to measure."""
     cases: tuple[Literal["float32", "bfloat16", "four_generations"], ...] = (
@@ -159,6 +159,11 @@ def run(command: list[str]) -> tuple[str, int]:
 
 def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
     """Run one job: joint samples per second, shares of the time, peak memory."""
+    if len(job.prompts) * job.num_generations != job.buffer:
+        raise SystemExit(
+            f"a buffer of {job.buffer} is not made of {job.num_generations} generations"
+            f" of each of 1 to {len(PROMPTS)} prompts"
+        )
     if job.who == "ours":
         flags = {
             "task": HERE / "speed.py",
