@@ -1,11 +1,13 @@
 """Helpers of maac.py, iac_separate.py and iac_shared.py: everything but the algorithms.
 
-Flags of a run, tasks, the calls of a user's functions, models and tokenizers, the run folder.
-Generation, log-probabilities, values, advantages, losses and updates stand in the scripts.
+Flags of a run, tasks, the calls of a user's functions, models and tokenizers, several
+processes, the run folder and its checkpoints. Generation, log-probabilities, values,
+advantages, losses and updates stand in the scripts.
 """
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -13,22 +15,33 @@ import math
 import os
 import random
 import re
+import shlex
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from itertools import groupby, pairwise
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -54,8 +67,11 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        off_the_bar = "\n" if ranks() > 1 else ""  # which is another rank's
+        print(f"{off_the_bar}error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -66,26 +82,30 @@ def require(condition: bool, sentence: str) -> None:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Let an exception pass with its traceback and a line that says what raised it."""
+    """Turn an exception of a user's code into an InputError that says what raised it, and where."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        error.add_note(f"raised by {what}")
-        raise
+        ours = (__file__, "<frozen importlib._bootstrap")
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+        where = f" at {theirs[0].filename}, line {theirs[0].lineno}" if theirs else ""
+        reason = ": ".join([type(error).__name__, *str(error).strip().split("\n")[:1]])
+        raise InputError(f"{what} raised {reason}{where}") from error
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn a failure to load something into an InputError of one sentence."""
+def attempting(failure: str) -> Iterator[None]:
+    """Turn an exception inside into an InputError: the sentence `failure`, and the reason."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{what} cannot be loaded: {reason}") from error
+        raise InputError(f"{failure}: {reason}") from error
 
 
 # -------------------------------------------------------------------- arguments
@@ -106,13 +126,21 @@ class RunArgs:
     output_dir: str = "runs"
     """Where the run folder is made."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto = cuda where there is one."""
+    """cpu, cuda, cuda:1, ...; auto = cuda where there is one; under torchrun a GPU each."""
+    agent_devices: tuple[str, ...] = ()
+    """One device for all agents, or one for each; () = device."""
+    critic_devices: tuple[str, ...] = ()
+    """The same for critics; () = the agents'. iac_shared.py refuses it."""
     dtype: str = "float32"
     """Compute type: float32, or bfloat16 by autocast; weights are float32 always."""
     eval_only: bool = False
     """Evaluate the given agents and train nothing."""
     wandb_config: str | None = None
     """JSON keyword arguments of wandb.init, such as '{"project": "maac"}'; None = off."""
+    save_interval: int = 50
+    """Updates between checkpoints, and one at the end; 0 = only when a signal stops the run."""
+    resume: str | None = None
+    """Run folder to go on in; on the command line, flags not given are that run's."""
 
     # the models
 
@@ -147,6 +175,38 @@ class RunArgs:
     """Joint samples written to samples.jsonl at each update."""
 
 
+# Flags that may differ when a run is resumed: they prolong it, log it or place it.
+FREE_FLAGS = {
+    "num_train_epochs", "save_interval", "resume", "eval_interval", "eval_num_samples",
+    "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "output_dir",
+    "exp_name", "device", "agent_devices", "critic_devices",
+}  # fmt: skip
+
+
+def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
+    """The command line's flags, by tyro; under --resume, the run's flags are the defaults.
+
+    Raises InputError if the run folder's args.json cannot be read.
+    """
+    args = tyro.cli(args_class, args=arguments)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "args.json"
+    require(path.is_file(), f"{args.resume!r} is not a run folder: it has no args.json")
+    with attempting(f"{str(path)!r} cannot be loaded"):
+        saved = json.loads(path.read_text()).items()
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
+    strange = ", ".join(saved.keys() - {flag.name for flag in fields(args_class)})
+    require(not strange, f"{args.resume!r} is of another script: it has {strange}")
+    default = args_class(**saved)
+    return tyro.cli(args_class, args=arguments, default=default)
+
+
+def plain_args(args: Any) -> dict[str, Any]:
+    """The flags as JSON has them, without `resume`."""
+    return json.loads(json.dumps(asdict(args) | {"resume": None}, default=str))
+
+
 def check_args(args: Any) -> None:
     """Raise InputError for a flag out of its range, naming the flag and the range."""
     counts = (
@@ -169,6 +229,7 @@ def check_args(args: Any) -> None:
         "entropy_coef": ("at least 0", lambda v: 0 <= v < math.inf),
         "max_grad_norm": ("at least 0", lambda v: 0 <= v < math.inf),
         "eval_interval": ("at least 0", lambda v: v >= 0),
+        "save_interval": ("at least 0", lambda v: v >= 0),
         "log_samples": ("at least 0", lambda v: v >= 0),
         "seed": ("from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32),
     }
@@ -178,6 +239,22 @@ def check_args(args: Any) -> None:
             value is None or holds(value), f"{flag} must be {wanted}, got {value!r}"
         )
     pick_device(args.device)
+    placed = [
+        flag for flag in ("agent_devices", "critic_devices") if getattr(args, flag)
+    ]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    require(
+        not (placed and several),
+        f"{' and '.join(placed)} place the models of one process, and torchrun started several",
+    )
+    require(
+        not (":" in args.device and several),
+        f"device {args.device!r} is one for all the processes that torchrun started: give cuda",
+    )
+    require(
+        args.resume is None or not args.eval_only,
+        "resume goes on with training, and eval_only trains nothing: give one of them",
+    )
     options = json_object(args.model_config, "model_config")
     require(
         not {"dtype", "torch_dtype"} & set(options),
@@ -222,11 +299,11 @@ def critic_names(args: Any, default: list[str]) -> list[str]:
 
 
 def refuse_critics(args: Any) -> None:
-    """Raise InputError where a critic model is given to shared actors."""
+    """Raise InputError where a critic model, or its device, is given to shared actors."""
     require(
-        args.critic_model is None and not args.critics,
-        "iac_shared.py takes no critic_model or critics: its critics are value heads on the"
-        " actors' own backbones; use iac_separate.py or maac.py for critic models",
+        args.critic_model is None and not args.critics and not args.critic_devices,
+        "iac_shared.py takes no critic_model, critics or critic_devices: its critics are value"
+        " heads on the actors' own backbones; use iac_separate.py or maac.py for critic models",
     )
 
 
@@ -244,6 +321,12 @@ class Learner:
     optimizer: torch.optim.Optimizer | None = None
     value_head: torch.nn.Module | None = None
     seconds: Counter[str] = field(default_factory=Counter)  # by phase, see timed
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state: the model, its value head, their optimizer."""
+        parts = {"model": self.model, "value_head": self.value_head}
+        parts["optimizer"] = self.optimizer
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def end_ids(self) -> list[int]:
@@ -265,6 +348,18 @@ def timed(phase: str) -> Callable[[Callable], Callable]:
         return timed_function
 
     return decorate
+
+
+def check_finite(
+    learner: Learner, what: str, values: torch.Tensor, texts: Sequence[list[int]]
+) -> None:
+    """Raise InputError for a value (B,) that is not finite, naming the text (B token lists)."""
+    for place in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
+        text = learner.tokenizer.decode(texts[place])
+        raise InputError(
+            f"{learner.name}: {what} {values[place].item()} for {text!r:.200}; it stops before"
+            " that reaches a weight, and a smaller learning rate may help"
+        )
 
 
 @dataclass
@@ -323,7 +418,7 @@ class Task:
     """Next prompts, one per agent, from the keywords prompt, agent_completions, num_agents,
     prompt_history_per_agent, response_history_per_agent; num_turns > 1 needs it."""
     metrics_callback: Callable[[list[Sample]], dict[str, float]] | None = None
-    """Samples of an update or of an evaluation -> metrics of your own."""
+    """Samples of an update or of an evaluation, of all ranks -> metrics of your own."""
     name: str = "task"
     """What messages and the run folder call it; --task sets it."""
 
@@ -414,7 +509,9 @@ def load_task(args: Any, task: Task | None) -> Task:
     Raises InputError if there is none, or if it does not fit num_agents and num_turns.
     """
     if task is None:
-        task = TASKS[args.task](args) if args.task in TASKS else load_task_file(args)
+        with fresh_randomness(args.seed):  # items drawn at random are the same again
+            known = args.task in TASKS
+            task = TASKS[args.task](args) if known else load_task_file(args)
         task.name = Path(args.task).stem
     name = f"task {task.name!r}"
     require(callable(task.reward_func), f"{name} has no callable reward_func")
@@ -450,10 +547,10 @@ def load_task_file(args: Any) -> Task:
         path.suffix == ".py", f"unknown task {args.task!r}: give {known}, or a .py file"
     )
     require(path.is_file(), f"task file {args.task!r} does not exist")
-    spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     with naming(f"task file {args.task!r}"):
+        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
         task = make(args) if make else getattr(module, "task", None)
@@ -509,9 +606,11 @@ def first_samples(
     They show whether every prompt can be read before a run starts. Raises InputError for one
     that is missing, empty or too long for its actor.
     """
-    for dataset in (task.train_dataset, task.eval_dataset or []):
+    datasets = (task.train_dataset, task.eval_dataset)
+    for dataset in [dataset for dataset in datasets if dataset is not None]:
         for part in slices(len(dataset), 1000):
-            items = [dataset[k] for k in range(len(dataset))[part]]
+            with naming(f"task {task.name!r}: a dataset"):
+                items = [dataset[k] for k in range(len(dataset))[part]]
             with fresh_randomness(args.seed):
                 samples = first_turn(task, items, 1, args)
             for agent, actor in enumerate(actors):
@@ -559,10 +658,10 @@ def pay(task: Task, samples: list[Sample]) -> None:
     completions = [list(texts) for texts in zip(*(s.completions for s in samples))]
     optional = {"batch_items": [item]}
     optional["prompts"] = [list(texts) for texts in zip(*(s.prompts for s in samples))]
-    if task.reward_keywords is not None:
-        optional = {k: optional[k] for k in optional.keys() & task.reward_keywords}
     who = f"task {task.name!r}, item {item!r:.200}: reward_func"
     with naming(who):
+        if task.reward_keywords is not None:
+            optional = {k: optional[k] for k in optional.keys() & task.reward_keywords}
         rewards = task.reward_func(*completions, **optional)
     given = rewards
     if isinstance(rewards, torch.Tensor | np.ndarray):
@@ -644,29 +743,59 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def fresh_randomness(seed: int) -> Iterator[None]:
     """Seed everything inside, and put every random state back afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        seed_everything(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+    states = random_states()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+def random_states() -> dict[str, Any]:
+    """Every random state of this process, in types that load without running code."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what random_states gave."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device of that name; `auto` is the GPU where there is one."""
+    """The torch device of that name; `auto` is a GPU, this process's own, where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with loading(f"device {device!r}"):
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with attempting(f"device {device!r} cannot be used"):
         return torch.zeros(0, device=device).device
 
 
-def autocast(args: Any) -> Any:
-    """The context that computes in args.dtype."""
+def pick_devices(flag: str, count: int, args: Any) -> list[torch.device]:
+    """One device per agent or critic; InputError if the flag lists more or less."""
+    names = list(getattr(args, flag) or args.agent_devices[:count]) or [args.device]
+    require(
+        len(names) in (1, count),
+        f"{flag} lists {len(names)} devices for {count} models: give one, or one each",
+    )
+    return [pick_device(name) for name in (names * count)[:count]]
+
+
+def autocast(learner: Learner, args: Any) -> Any:
+    """The context in which a learner's model computes in args.dtype."""
     if args.dtype == "float32":
         return nullcontext()
-    return torch.autocast(pick_device(args.device).type, torch.bfloat16)
+    return torch.autocast(learner.model.device.type, torch.bfloat16)
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -706,7 +835,7 @@ def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase
     """
     if name == "tiny":
         return tiny_tokenizer()
-    with loading(f"tokenizer {name!r}"):
+    with attempting(f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     if tokenizer.pad_token_id is None:
         require(
@@ -718,7 +847,7 @@ def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase
 
 
 def load_model(
-    auto_class: Any, name: str, index: int, args: Any
+    auto_class: Any, name: str, index: int, device: torch.device, args: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A model in float32 without dropout, and its tokenizer.
 
@@ -727,14 +856,16 @@ def load_model(
     end-of-sequence ids count. Raises InputError if it cannot be loaded.
     """
     options = json_object(args.model_config, "model_config")
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
+    hub |= {key: options[key] for key in HUB_OPTIONS if key in options}
     tokenizer = load_tokenizer(args.tokenizer or name, hub)
-    with loading(f"model {name!r}"), fresh_randomness(args.seed + 1000 * index):
+    failure = f"model {name!r} cannot be loaded"
+    with attempting(failure), fresh_randomness(args.seed + 1000 * index):
         if name == "tiny":
             model = auto_class.from_config(tiny_config(**options))
         else:
             config, options = AutoConfig.from_pretrained(
-                name, return_unused_kwargs=True, **options
+                name, return_unused_kwargs=True, **{**options, **hub}
             )
             for key, value in config.to_dict().items():
                 if "drop" in key and isinstance(value, float):
@@ -751,7 +882,7 @@ def load_model(
         model.generation_config = GenerationConfig(
             eos_token_id=sorted(end_ids - {None}), pad_token_id=tokenizer.pad_token_id
         )
-    return model.to(pick_device(args.device)), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_learners(
@@ -759,10 +890,12 @@ def load_learners(
 ) -> list[Learner]:
     """The actors or the critics, without optimizers or value heads yet."""
     first = 0 if role == "agent" else args.num_agents
-    return [
-        Learner(f"{role}_{k}", name, *load_model(auto_class, name, first + k, args))
-        for k, name in enumerate(names)
-    ]
+    devices = pick_devices(f"{role}_devices", len(names), args)
+    learners = []
+    for k, (name, device) in enumerate(zip(names, devices, strict=True)):
+        loaded = load_model(auto_class, name, first + k, device, args)
+        learners.append(Learner(f"{role}_{k}", name, *loaded))
+    return learners
 
 
 def restore_heads(critics: list[Learner], args: Any) -> None:
@@ -771,7 +904,8 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
     for critic in critics if given and not args.eval_only else ():
         path = Path(critic.source) / "value_head.pt"
         if path.is_file():
-            with loading(f"value head {str(path)!r} (of another hidden dimension?)"):
+            failure = f"value head {str(path)!r} (of another hidden dimension?)"
+            with attempting(f"{failure} cannot be loaded"):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
                 critic.value_head.load_state_dict(weights)
 
@@ -793,16 +927,19 @@ def encode(
     chats = [is_chat(prompt, tokenizer) for prompt in prompts]
     for chat in set(chats):
         rows = [k for k, is_one in enumerate(chats) if is_one == chat]
-        texts = [render(prompts[k], tokenizer if chat else None) for k in rows]
-        encoded = tokenizer(texts, add_special_tokens=not chat).input_ids
+        with attempting(
+            f"{learner.name}'s tokenizer cannot read {prompts[rows[0]]!r:.200}"
+        ):
+            texts = [render(prompts[k], tokenizer if chat else None) for k in rows]
+            encoded = tokenizer(texts, add_special_tokens=not chat).input_ids
         for row, row_ids in zip(rows, encoded, strict=True):
             ids[row] = row_ids
     require(all(ids), f"{learner.name} was given an empty prompt")
-    if actions is not None:
+    if actions:
         encoded = tokenizer(actions, add_special_tokens=False).input_ids
         ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
     limit = getattr(learner.model.config, "max_position_embeddings", None) or math.inf
-    longest = max(map(len, ids))
+    longest = max(map(len, ids), default=0)
     writes = f" and is to write {room}" if room else ""
     require(
         longest + room <= limit,
@@ -827,6 +964,147 @@ def render(prompt: Prompt, tokenizer: Any | None = None) -> str:
     )
 
 
+# ------------------------------------------------------- the processes of torchrun
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The place of this process among them; the one at 0 writes and shows progress."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_ranks() -> bool:
+    """Join the processes that torchrun started, if it did; whether it was done here."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not dist.is_initialized():
+        gpus = torch.cuda.is_available()
+        with attempting("the processes of torchrun cannot be joined"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        return True
+    return False
+
+
+def gather(mine: Any) -> list[Any]:
+    """What every rank gives, in the order of the ranks; InputError where one has stopped."""
+    if ranks() == 1:
+        return [mine]
+    everyone = [None] * ranks()
+    with attempting(f"rank {rank()} is without the others, one of which says why"):
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def total(*numbers: float) -> list[float]:
+    """Each number's sum over the ranks."""
+    return [sum(column) for column in zip(*gather(numbers), strict=True)]
+
+
+def any_rank(samples: list[Sample]) -> bool:
+    """Whether a rank has samples left to learn from; then all ranks must take part."""
+    return total(len(samples)) > [0]
+
+
+def sum_over_ranks(learner: Learner, sums: dict[str, float]) -> dict[str, float]:
+    """Sum a learner's gradients, in place, and these numbers over the ranks: one all-reduce."""
+    if ranks() == 1:
+        return sums
+    parameters = [p for g in learner.optimizer.param_groups for p in g["params"]]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    numbers = torch.tensor(list(sums.values()), device=learner.model.device)
+    flat = torch.cat([tensor.flatten() for tensor in (numbers, *gradients)])
+    with attempting(f"rank {rank()} is without the others, one of which says why"):
+        dist.all_reduce(flat)
+    numbers, *gradients = flat.split([len(numbers), *(p.numel() for p in parameters)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return dict(zip(sums, numbers.tolist(), strict=True))
+
+
+# -------------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(
+    folder: Path, update: int, state: dict, whole: list[Path]
+) -> list[Path]:
+    """Save `state` under a name that holds its SHA-256; returns the two that are kept.
+
+    whole: those known to be whole, oldest first. It is written aside and renamed; where that
+    fails, what was there before is unharmed.
+    """
+    aside = folder / "unfinished"
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = folder / f"update_{update:08}_{digest(aside)}.pt"
+        aside.replace(path)
+    except Exception:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+    kept = [other for other in whole if other.name[:15] < path.name[:15]][-1:] + [path]
+    for other in set(folder.glob("update_*.pt")) - set(kept):
+        other.unlink()
+    return kept
+
+
+def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
+    """The newest whole checkpoint and its path; None where none was written yet.
+
+    A damaged one is named on standard error and the one before it is taken. Raises
+    InputError if all are damaged.
+    """
+    paths = sorted(folder.glob("update_*.pt"), reverse=True)
+    for path in paths:
+        with suppress(OSError):
+            if path.stem.endswith(digest(path)):
+                with attempting(f"checkpoint {path} cannot be loaded"):
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                return state, [path]
+        if rank() == 0:
+            print(f"checkpoint {path} is damaged and left out", file=sys.stderr)
+    require(
+        not paths, f"every checkpoint in {str(folder)!r} is damaged: start a new run"
+    )
+    return None, []
+
+
+def lock_folder(folder: Path) -> int:
+    """Keep other runs out of the folder until this file is closed, or its process ends.
+
+    Raises InputError where another run keeps it. On Windows nothing is kept.
+    """
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing in {str(folder)!r}") from None
+    return lock
+
+
+def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is no longer as it was, in words."""
+    return [
+        f"{name.removeprefix('hash of ')} changed"
+        if name.startswith("hash of ")
+        else f"{name} was {value!r} and is {now.get(name)!r}"
+        for name, value in was.items()
+        if value != now.get(name)
+    ]
+
+
+def digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- batches and runs
 
 
@@ -836,22 +1114,30 @@ def slices(count: int, size: int | None) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def minibatches(samples: list[Sample], args: Any) -> list[list[int]]:
+def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
     """The places of a buffer's samples in random order, train_batch_size at a time.
 
-    Within a minibatch they stand by length, so that micro-batches need little padding.
+    With each minibatch comes its share in the buffer. Both are counted over all ranks; every
+    rank has as many minibatches, if need be empty ones. Within a minibatch samples stand
+    by length, so that micro-batches need little padding.
     """
     order = torch.randperm(len(samples)).tolist()
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
-    parts = slices(len(order), args.train_batch_size)
-    return [sorted(order[part], key=lengths.__getitem__) for part in parts]
+    size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
+    parts = slices(len(order), size)
+    batches = [sorted(order[part], key=lengths.__getitem__) for part in parts]
+    everyones = gather(list(map(len, batches)))
+    sizes = [sum(column) for column in zip_longest(*everyones, fillvalue=0)]
+    batches += [[]] * (len(sizes) - len(batches))
+    return [(b, size / sum(sizes)) for b, size in zip(batches, sizes, strict=True)]
 
 
 def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
-    """The first eval_num_samples evaluation items, eval_batch_size at a time."""
-    count = min(args.eval_num_samples, len(task.eval_dataset or []))
-    for part in slices(count, args.eval_batch_size):
-        yield [task.eval_dataset[k] for k in range(count)[part]]
+    """This rank's share of the first eval_num_samples items, eval_batch_size at a time."""
+    size = 0 if task.eval_dataset is None else len(task.eval_dataset)
+    places = range(min(args.eval_num_samples, size))[rank() :: ranks()]
+    for part in slices(len(places), args.eval_batch_size):
+        yield [task.eval_dataset[k] for k in places[part]]
 
 
 def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str, float]:
@@ -870,7 +1156,8 @@ def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str,
         metrics[f"ended/agent_{agent}"] = np.mean([s.ended[agent] for s in samples])
     if task.metrics_callback is not None:
         with naming(f"task {task.name!r}: metrics_callback"):
-            metrics |= task.metrics_callback(samples)
+            own = task.metrics_callback(samples)
+            metrics |= {key: float(value) for key, value in own.items()}
     return {f"{prefix}/{key}": float(value) for key, value in metrics.items()}
 
 
@@ -883,61 +1170,263 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Run:
-    """A run's folder, its loggers and its progress bar; a context manager."""
+    """A run's folder, progress, checkpoints and loggers; a context manager.
+
+    All ranks count alike, for each is told what the others did; the one at 0 writes.
+    """
+
+    FILES = ("metrics.jsonl", "samples.jsonl")
+    STATE = (  # in a checkpoint, beside the learners and the ranks' own states
+        "items", "items_before", "updates", "samples", "evaluated_items", "order",
+        "pending", "train_seconds", "elapsed",
+    )  # fmt: skip
 
     def __init__(
         self, args: Any, task: Task, script: str, learners: list[Learner]
     ) -> None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.exp_name or script}__{task.name}__{args.seed}__{stamp}"
-        self.folder = Path(args.output_dir) / name
-        while self.folder.exists():  # a second run within the second
-            self.folder = self.folder.with_name(self.folder.name + "_")
-        with loading(f"run folder {str(self.folder)!r}"):
-            self.folder.mkdir(parents=True)
-        (self.folder / "args.json").write_text(
-            json.dumps(asdict(args), indent=2) + "\n"
-        )
-        self.args, self.task = args, task
+        self.joined = join_ranks()
+        self.args, self.task, self.script = args, task, script
         self.learners = {learner.name: learner for learner in learners}
-        self.seconds: Counter[str] = Counter()  # by phase, since the last line
-        self.epochs = 0 if args.eval_only else args.num_train_epochs
-        self.total_items = self.epochs * len(task.train_dataset)
+        epochs = 0 if args.eval_only else args.num_train_epochs
+        self.total_items = epochs * len(task.train_dataset)
         self.items = self.items_before = self.updates = self.samples = 0
-        self.pending: list[dict[str, float]] = []
+        self.evaluated_items = -1  # as of the last evaluation
+        self.order: list[int] = []  # of this epoch's items
+        self.taken = 0  # of them by this rank
+        self.pending: list[dict[str, float]] = []  # metrics since the last line
+        self.seconds: Counter[str] = Counter()  # by phase, since the last line
+        self.train_seconds = self.elapsed = 0.0
         self.shown: list[Sample] = []
         self.tensorboard = self.wandb = None
-        self.start = self.mark = time.perf_counter()
-        self.train_seconds = 0.0
+        self.checkpoints: list[Path] = []  # that are whole, oldest first
+        self.lock: int | None = None
+        self.stop = 0  # the signal that asked for it
+        if rank() > 0:
+            seed_everything(args.seed + 100_003 * rank())
+        self.random = random_states()
+        identity = self.identity()
+        require(
+            all(identity == other for other in gather(identity)),
+            f"task {task.name!r} has other items in every process: draw them from a seed",
+        )
+        folder = args.resume or (self.make_folder() if rank() == 0 else None)
+        self.folder = Path(gather(folder)[0])
+        sizes = self.restore(identity) if args.resume else {}
+        if rank() == 0:
+            with attempting(f"run folder {str(self.folder)!r} cannot be written"):
+                self.lock = lock_folder(self.folder)
+                for name in self.FILES:
+                    with open(self.folder / name, "ab") as file:
+                        file.truncate(sizes.get(name, 0))
+                self.write_whole("args.json", plain_args(args))
+                if not args.eval_only:
+                    (self.folder / "checkpoint").mkdir(exist_ok=True)
+                    self.write_whole("checkpoint/identity.json", identity)
+        self.mark = time.perf_counter()
+        self.start = self.mark - self.elapsed
+
+    def make_folder(self) -> str:
+        """A new folder, called after the run and the time."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args = self.args
+        name = f"{args.exp_name or self.script}__{self.task.name}__{args.seed}__{stamp}"
+        folder = Path(args.output_dir) / name
+        with attempting(f"run folder {str(folder)!r} cannot be made"):
+            while folder.exists():  # a second run within the second
+                folder = folder.with_name(folder.name + "_")
+            folder.mkdir(parents=True)
+        return str(folder)
+
+    def write_whole(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the run folder, aside first, so that it is never torn."""
+        aside = self.folder / f"{name}.unfinished"
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        aside.replace(self.folder / name)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it resumes."""
+        flags = plain_args(self.args)
+        file, items = Path(flags["task"]), hashlib.sha256()
+        if file.is_file():  # it may have moved: its name and contents count
+            del flags["task"]
+        with attempting(f"the items of task {self.task.name!r} cannot be hashed"):
+            for k in range(len(self.task.train_dataset)):
+                item = self.task.train_dataset[k]  # odd objects count by their type
+                line = json.dumps(item, default=lambda x: str(type(x)), skipkeys=True)
+                items.update(line.encode())
+        flags = {name: flags[name] for name in flags if name not in FREE_FLAGS}
+        return flags | {
+            "script": self.script,
+            "number of ranks": ranks(),
+            "task's name": self.task.name,
+            "number of train items": len(self.task.train_dataset),
+            "hash of the train items": items.hexdigest()[:16],
+            "hash of the task file": digest(file) if file.is_file() else None,
+        }
+
+    def restore(self, identity: dict[str, Any]) -> dict[str, int]:
+        """Take a run up where its newest checkpoint left it; returns its files' sizes then.
+
+        One that was killed before its first checkpoint begins anew. Raises InputError where
+        this run differs from that one, or its files do not fit.
+        """
+        where = repr(str(self.folder))
+        with attempting(f"{where} cannot be resumed"):
+            path = self.folder / "checkpoint" / "identity.json"
+            differences = differing(json.loads(path.read_text()), identity)
+            flags = json.loads((self.folder / "args.json").read_text())
+        sentence = f"{where} cannot be resumed: {', '.join(differences)}"
+        require(not differences, sentence)
+        for difference in (
+            differing(flags, plain_args(self.args)) if rank() == 0 else ()
+        ):
+            print(f"resumed with another flag: {difference}")
+        state, self.checkpoints = read_checkpoint(path.parent)
+        if state is None:
+            finished = (self.folder / next(iter(self.learners))).exists()
+            require(not finished, f"{where} is finished and has no checkpoint")
+            if rank() == 0:
+                print(f"{where} has no checkpoint yet and begins anew")
+            return {}
+        with attempting(f"{where} cannot be resumed"):
+            for name, size in state["sizes"].items():
+                found = (self.folder / name).stat().st_size
+                require(found >= size, f"{name} is shorter than when {where} was saved")
+            for name, learner in self.learners.items():
+                for part, stateful in learner.parts().items():
+                    stateful.load_state_dict(state["learners"][name][part])
+        vars(self).update(state["run"])
+        self.taken, self.random = state["ranks"][rank()]
+        require(
+            self.items <= self.total_items,
+            f"{where} has played {self.items} items, and num_train_epochs"
+            f" {self.args.num_train_epochs} has only {self.total_items}",
+        )
+        if rank() == 0 and self.items == self.total_items:
+            print(f"{where} is finished: a larger num_train_epochs goes on")
+        return state["sizes"]
+
+    def save_checkpoint(self) -> None:
+        """Write all that going on needs; raises InputError where it cannot be written."""
+        everyone, sizes = gather((self.taken, random_states())), {}
+        if rank() == 0:
+            folder = self.folder / "checkpoint"
+            with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
+                for name in self.FILES:
+                    with open(self.folder / name, "ab") as file:
+                        os.fsync(file.fileno())
+                        sizes[name] = file.tell()
+                self.elapsed = time.perf_counter() - self.start
+                state = {"ranks": everyone, "sizes": sizes}
+                state["run"] = {name: getattr(self, name) for name in self.STATE}
+                state["learners"] = {
+                    name: {k: part.state_dict() for k, part in learner.parts().items()}
+                    for name, learner in self.learners.items()
+                }
+                self.checkpoints = write_checkpoint(
+                    folder, self.updates, state, self.checkpoints
+                )
+        gather(None)  # no rank goes on, or ends, before the checkpoint is there
 
     def __enter__(self) -> Self:
-        if importlib.util.find_spec("tensorboard") is not None:
+        writes = rank() == 0
+        if writes and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(self.folder))
-        if self.args.wandb_config is not None:
+            purge = self.items + 1 if self.args.resume else None
+            self.tensorboard = SummaryWriter(str(self.folder), purge_step=purge)
+        if writes and self.args.wandb_config is not None:
             import wandb
 
-            options = json_object(self.args.wandb_config, "wandb_config")
-            options = {"name": self.folder.name, "config": asdict(self.args)} | options
+            options = {"id": self.folder.name, "resume": "allow"}
+            options |= {"name": self.folder.name, "config": plain_args(self.args)}
+            options |= json_object(self.args.wandb_config, "wandb_config")
             self.wandb = wandb.init(**options)
+        quiet = self.args.eval_only or not writes
         self.bar = tqdm(
-            total=self.total_items, unit="item", disable=self.args.eval_only
+            total=self.total_items, initial=self.items, unit="item", disable=quiet
         )
+        self.handlers = {}
+        self.signals, self.over = None, threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+            if ranks() > 1:
+                self.signals = os.pipe()
+                os.set_blocking(self.signals[1], False)
+                signal.set_wakeup_fd(self.signals[1])
+                threading.Thread(target=self.end_in_time, daemon=True).start()
+        set_random_states(self.random)
         self.lap()  # what the loggers took to start is no training time
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
         self.bar.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with suppress(OSError):
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error is not None))
-        if error is None:
+        if isinstance(error, InputError):
+            place = f", rank {rank()}" if ranks() > 1 else ""
+            error.args = (f"{error} (after update {self.updates}{place})",)
+        if rank() == 0 and error is None:
             for sample in self.shown[:3]:
                 print(f"prompts {list(map(render, sample.prompts))}")
                 print(f"  completions {sample.completions}  reward {sample.reward:.3f}")
             print(f"run folder: {self.folder}")
+        elif rank() == 0 and self.checkpoints and not isinstance(error, InputError):
+            print(f"go on with: {self.resume_command()}")
+        if self.joined and (error is None or isinstance(error, SystemExit)):
+            dist.destroy_process_group()
+        if self.lock is not None:
+            os.close(self.lock)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.over.set()
+        if self.signals is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self.signals[1])
+
+    def end_in_time(self) -> None:
+        """End a rank that a signal finds waiting for a dead one, where no handler can run.
+
+        Five seconds before torchrun would kill it; other ranks have as long to save.
+        """
+        number = os.read(self.signals[0], 1)  # empty once the run is over
+        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
+        if number and not self.over.wait(grace):
+            os._exit(128 + number[0])
+        os.close(self.signals[0])
+
+    def ask_to_stop(self, number: int, frame: object) -> None:
+        """Handle a signal: stop once the step is done; at once, if it comes a second time."""
+        self.stop = number
+        if ranks() == 1:  # torchrun itself sends its processes a second one
+            signal.signal(number, self.handlers[number])
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def resume_command(self) -> str:
+        """How to start the script again so that it goes on."""
+        if Path(sys.argv[0]).stem != self.script:
+            return f"train(replace(args, resume={str(self.folder)!r}), task)"
+        start = "python"
+        if ranks() > 1:  # --nnodes and its like are as before
+            here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
+            start = f"torchrun --nproc-per-node {here}"
+        return f"{start} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
+
+    def epochs(self) -> Iterator[Iterator[dict]]:
+        """For each epoch this rank's items, shuffled; from where the run stands."""
+        dataset = self.task.train_dataset
+        while self.items < self.total_items:
+            if self.items % len(dataset) == 0:
+                self.order = gather(torch.randperm(len(dataset)).tolist())[0]
+                self.taken = 0
+            share = self.order[rank() :: ranks()][self.taken :]
+            yield (dataset[k] for k in share)
 
     def crossed(self, interval: int) -> bool:
         """Whether the last update passed a multiple of `interval` items, or was the last."""
@@ -945,17 +1434,22 @@ class Run:
         return passed or self.items == self.total_items
 
     def evaluation_due(self) -> bool:
-        """Whether to evaluate after the last update."""
-        return self.crossed(self.args.eval_interval)
+        """Whether to evaluate now: at the start, every eval_interval items, at the end."""
+        due = self.items == 0 or self.crossed(self.args.eval_interval)
+        return due and self.evaluated_items < self.items
 
     def log_update(self, samples: list[Sample], losses: dict[str, float]) -> None:
-        """Count an update's samples, and write a line every logging_steps items."""
+        """Count an update's samples, write a line every logging_steps items, save if due."""
+        generations = self.args.num_generations
+        self.taken += sum(sample.done for sample in samples) // generations
+        samples = [sample for share in gather(samples) for sample in share]
         episodes = sum(sample.done for sample in samples)
         self.items_before = self.items
-        self.items += episodes // self.args.num_generations
+        self.items += episodes // generations
         self.samples += len(samples)
         self.updates += 1
-        self.pending.append(rollout_metrics(self.task, samples, "rollout") | losses)
+        metrics = rollout_metrics(self.task, samples, "rollout")
+        self.pending.append({**metrics, **losses})
         self.log_samples(samples, "train")
         lap = self.lap()
         self.seconds.update(lap)
@@ -966,8 +1460,9 @@ class Run:
             means = {
                 k: float(np.mean([m[k] for m in self.pending if k in m])) for k in keys
             }
-            total = self.seconds.total()
-            times = {f"time/{k}_share": s / total for k, s in self.seconds.items()}
+            all_seconds = self.seconds.total()
+            shares = {k: s / all_seconds for k, s in self.seconds.items()}
+            times = {f"time/{phase}_share": share for phase, share in shares.items()}
             self.write(means | times | {"time/samples_per_second": rate})
             self.pending = []
             self.seconds.clear()
@@ -976,18 +1471,33 @@ class Run:
         self.bar.set_postfix_str(
             f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
         )
+        interval, more = self.args.save_interval, self.items < self.total_items
+        self.pause(interval > 0 and more and self.updates % interval == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
+        samples = [sample for share in gather(samples) for sample in share]
+        self.evaluated_items = self.items
         if samples:
             with fresh_randomness(self.args.seed):
                 metrics = rollout_metrics(self.task, samples, "eval")
             self.write(metrics)
             self.log_samples(samples, "eval")
             self.shown = samples
-            reward = metrics["eval/return"]
-            self.bar.write(f"evaluation after {self.items} items: reward {reward:.3f}")
+            if rank() == 0:
+                reward = f"reward {metrics['eval/return']:.3f}"
+                self.bar.write(f"evaluation after {self.items} items: {reward}")
         self.lap()  # nor is this
+        self.pause(self.args.save_interval > 0 and self.items == self.total_items)
+
+    def pause(self, due: bool) -> None:
+        """Save a checkpoint if it is due; save and exit if a signal asked a rank to stop."""
+        stop = max(gather(self.stop))
+        if (due or stop) and not self.args.eval_only:
+            self.save_checkpoint()
+            self.lap()  # nor is this
+        if stop:
+            raise SystemExit(128 + stop)
 
     def lap(self) -> Counter[str]:
         """The seconds of each phase, and of the rest, since this was last asked."""
@@ -1002,38 +1512,42 @@ class Run:
 
     def log_samples(self, samples: list[Sample], phase: str) -> None:
         """Append the first log_samples joint samples to samples.jsonl."""
-        with open(self.folder / "samples.jsonl", "a") as file:
-            for s in samples[: self.args.log_samples]:
-                line = {
-                    "step": self.items,
-                    "phase": phase,
-                    "turn": s.turn,
-                    "item": s.item,
-                }
-                line |= {
-                    "prompts": s.prompts,
-                    "completions": s.completions,
-                    "reward": s.reward,
-                }
-                file.write(json.dumps(line, default=str) + "\n")
+        keys = ("turn", "item", "prompts", "completions", "reward")
+        for sample in samples[: self.args.log_samples]:
+            line = {"step": self.items, "phase": phase}
+            self.append("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
 
     def write(self, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl, and tell the other loggers."""
         line = {"step": self.items, "update": self.updates} | with_team_means(metrics)
         line["time/seconds"] = time.perf_counter() - self.start
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.append("metrics.jsonl", line)
         if self.tensorboard is not None:
-            for name, value in line.items():
-                self.tensorboard.add_scalar(name, value, self.items)
+            with attempting(f"TensorBoard cannot write to {str(self.folder)!r}"):
+                for name, value in line.items():
+                    self.tensorboard.add_scalar(name, value, self.items)
         if self.wandb is not None:
             self.wandb.log(line, step=self.items)
 
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Append a line of JSON to a file of the run folder."""
+        if rank() == 0:
+            path = self.folder / name
+            with (
+                attempting(f"{str(path)!r} cannot be written"),
+                open(path, "a") as file,
+            ):
+                file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
+
     def save(self) -> None:
         """Write each model as a Hugging Face folder, a value head as value_head.pt in it."""
-        for name, learner in self.learners.items() if not self.args.eval_only else ():
+        writes = rank() == 0 and not self.args.eval_only
+        for name, learner in self.learners.items() if writes else ():
             folder = self.folder / name
-            learner.model.save_pretrained(folder)
-            learner.tokenizer.save_pretrained(folder)
-            if learner.value_head is not None:
-                torch.save(learner.value_head.state_dict(), folder / "value_head.pt")
+            with attempting(f"{str(folder)!r} cannot be written"):
+                learner.model.save_pretrained(folder)
+                learner.tokenizer.save_pretrained(folder)
+                if learner.value_head is not None:
+                    torch.save(
+                        learner.value_head.state_dict(), folder / "value_head.pt"
+                    )

@@ -32,7 +32,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -181,6 +180,7 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         output = actor.model(**inputs, **options)
         probabilities = warp(output.logits[:, -1], args).softmax(-1)  # (B, V)
+        common.check_finite(actor, "probability", probabilities[:, 0], prompts)
         tokens = torch.multinomial(probabilities, 1)  # (B, 1)
         sampled.append(tokens)
         ended |= torch.isin(tokens[:, 0], end_ids)
@@ -221,7 +221,7 @@ def sequence_logprobs(
     mask = inputs["attention_mask"][:, width:]  # (B, T)
     places = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
     options = {"use_cache": False, "logits_to_keep": places}  # those before a token
-    with common.autocast(args):
+    with common.autocast(actor, args):
         output = actor.model(**inputs, **options)
     rows = max(1, 2**22 // output.logits[0].numel())  # pieces of 16 MB, not all at once
     pieces = zip(output.logits.split(rows), tokens.split(rows), strict=True)
@@ -246,7 +246,7 @@ def collect(
         for agent, actor in enumerate(actors):
             prompts = [sample.prompts[agent] for sample in live]
             prompt_ids = common.encode(actor, prompts, room=args.max_new_tokens)
-            with common.autocast(args):  # one region: the weights are cast once
+            with common.autocast(actor, args):  # one region: the weights are cast once
                 completion_ids = generate(actor, prompt_ids, args)
             for sample, *ids in zip(live, prompt_ids, completion_ids, strict=True):
                 sample.add(actor, *ids)
@@ -259,12 +259,13 @@ def collect(
 def fill_buffer(
     actors: list[Learner], task: Task, items: Iterator[dict], args: Args
 ) -> list[Sample]:
-    """Whole episodes of at least rollout_buffer_size samples, while there are items.
+    """This rank's share of rollout_buffer_size, in whole episodes, while it has items.
 
     Plays as many items at once as the buffer is sure to need.
     """
     samples: list[Sample] = []
-    while (missing := args.rollout_buffer_size - len(samples)) > 0:
+    size = math.ceil(args.rollout_buffer_size / common.ranks())
+    while (missing := size - len(samples)) > 0:
         needed = math.ceil(missing / (args.num_turns * args.num_generations))
         if not (batch := list(islice(items, needed))):
             break
@@ -287,7 +288,7 @@ def critic_texts(critic: Learner, samples: list[Sample], args: Args) -> Ids:
 def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """V or Q of each text, read at its last token: (B,)."""
     inputs, _ = pad_batch(critic, texts)
-    with common.autocast(args):
+    with common.autocast(critic, args):
         output = critic.model.base_model(**inputs, use_cache=False)
     return critic.value_head(output.last_hidden_state[:, -1].float())  # from (B, L, H)
 
@@ -296,26 +297,30 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
-    parts = common.slices(len(texts), args.micro_batch_size or args.train_batch_size)
-    return torch.cat([critic_values(critic, texts[part], args).cpu() for part in parts])
+    values = [torch.zeros(0)]
+    for part in common.slices(
+        len(texts), args.micro_batch_size or args.train_batch_size
+    ):
+        values.append(critic_values(critic, texts[part], args).cpu())
+    common.check_finite(critic, "value", torch.cat(values), texts)
+    return torch.cat(values)
 
 
 def td_targets(samples: list[Sample], values: Tensor, args: Args) -> Tensor:
     """The targets (2) of samples, turn after turn, from their values: (B,)."""
     rewards = torch.tensor([sample.reward for sample in samples])
-    done = torch.tensor([sample.done for sample in samples])
-    next_values = torch.cat([values[1:], torch.zeros(1)]).masked_fill(done, 0.0)
+    done = torch.tensor([sample.done for sample in samples], dtype=torch.bool)
+    next_values = values.roll(-1).masked_fill(done, 0.0)  # a buffer ends with an end
     return rewards + args.discount * next_values  # (2)
 
 
 def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
-    """The actor's weights (3), whitened over the buffer if asked for: (B,)."""
+    """The actor's weights (3), whitened over all ranks' buffers if asked for: (B,)."""
     weights = targets - values if args.critic_type == "v" else values  # (3)
-    if args.advantage_normalization and len(weights) > 1:
-        centred = (
-            weights.double() - weights.double().mean()
-        )  # equal ones become exactly 0
-        weights = (centred / (centred.std() + 1e-8)).float()
+    everyones = torch.cat(common.gather(weights)).double()
+    if args.advantage_normalization and len(everyones) > 1:
+        centred = weights.double() - everyones.mean()  # equal ones become exactly 0
+        weights = (centred / (everyones.std() + 1e-8)).float()
     elif args.advantage_normalization:
         warnings.warn(
             "a buffer of one sample has no advantages to whiten", stacklevel=2
@@ -326,12 +331,14 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 # ----------------------------------------------------------------------- update
 
 
-def optimizer_step(learner: Learner, args: Args) -> float:
-    """Clip the gradient, step, and clear it; returns its norm before clipping."""
+def optimizer_step(learner: Learner, texts: Ids, args: Args) -> float:
+    """Clip the gradient, which came from `texts`, step; returns its norm before clipping."""
     parameters = [
         p for group in learner.optimizer.param_groups for p in group["params"]
     ]
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    what = f"gradient (of {len(texts)} texts, the first named)"
+    common.check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     return norm.item()
@@ -342,17 +349,17 @@ def update_critic(
     critic: Learner, texts: Ids, targets: Tensor, args: Args
 ) -> dict[str, float]:
     """One optimizer step of (5) on a minibatch of texts and their targets (B,)."""
+    (count,) = common.total(len(texts))
     value_loss = 0.0
     for part in common.slices(len(texts), args.micro_batch_size):
         values = critic_values(critic, texts[part], args)
-        errors = targets[part].to(values.device) - values
-        loss = errors.square().sum() / len(texts)
+        errors = (targets[part].to(values.device) - values).square()  # (B,)
+        common.check_finite(critic, "value loss", errors, texts[part])
+        loss = errors.sum() / count
         (args.value_loss_coef * loss).backward()  # (5)
         value_loss += loss.item()
-    losses = {
-        "value_loss": value_loss,
-        "critic_grad_norm": optimizer_step(critic, args),
-    }
+    losses = common.sum_over_ranks(critic, {"value_loss": value_loss})
+    losses["critic_grad_norm"] = optimizer_step(critic, texts, args)
     return {f"{name}/{critic.name}": value for name, value in losses.items()}
 
 
@@ -363,41 +370,42 @@ def update_actor(
     """One optimizer step of (4) on a minibatch of samples and their weights (B,)."""
     prompts = [sample.prompt_ids[agent] for sample in samples]
     completions = [sample.completion_ids[agent] for sample in samples]
-    policy_loss = entropy = 0.0
+    count, tokens = common.total(len(prompts), sum(map(len, completions)))
+    sums = {"policy_loss": 0.0, "entropy": 0.0}
     for part in common.slices(len(prompts), args.micro_batch_size):
         logprobs, entropies = sequence_logprobs(
             actor, prompts[part], completions[part], args
         )
-        loss = -(logprobs * weights[part].to(logprobs.device)).sum() / len(prompts)
-        bonus = entropies.sum() / sum(map(len, completions))
+        losses = -logprobs * weights[part].to(logprobs.device)  # (B,)
+        common.check_finite(actor, "policy loss", losses, prompts[part])
+        loss = losses.sum() / count
+        bonus = entropies.sum() / tokens
         (loss - args.entropy_coef * bonus).backward()  # (4)
-        policy_loss += loss.item()
-        entropy += bonus.item()
-    losses = {"policy_loss": policy_loss, "entropy": entropy}
-    losses["actor_grad_norm"] = optimizer_step(actor, args)
+        sums["policy_loss"] += loss.item()
+        sums["entropy"] += bonus.item()
+    losses = common.sum_over_ranks(actor, sums)
+    losses["actor_grad_norm"] = optimizer_step(actor, prompts, args)
     return {f"{name}/{actor.name}": value for name, value in losses.items()}
 
 
 def update(
     actors: list[Learner], critics: list[Learner], samples: list[Sample], args: Args
 ) -> dict[str, float]:
-    """One pass over the buffer; returns the losses, averaged over its samples."""
+    """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
     metrics: dict[str, float] = defaultdict(float)
-    (critic,) = (
-        critics  # one, and one step of it per minibatch, for however many agents
-    )
+    (critic,) = critics  # it takes one step per minibatch, for however many agents
     texts = critic_texts(critic, samples, args)
     values = estimate_values(critic, texts, args)
     targets = td_targets(samples, values, args)
     weights = advantages(targets, values, args)
-    for batch in common.minibatches(samples, args):
+    for batch, share in common.minibatches(samples, args):
         inputs = [texts[k] for k in batch]
         losses = update_critic(critic, inputs, targets[batch], args)
         chosen = [samples[k] for k in batch]
         for agent, actor in enumerate(actors):
             losses |= update_actor(actor, chosen, agent, weights[batch], args)
         for name, value in losses.items():
-            metrics[f"losses/{name}"] += value * len(batch) / len(samples)
+            metrics[f"losses/{name}"] += value * share
     return metrics
 
 
@@ -405,9 +413,9 @@ def update(
 
 
 def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
-    """One episode of each evaluation item; leaves every random state as it was."""
+    """An episode of each of this rank's evaluation items; random states stay as they were."""
     samples: list[Sample] = []
-    with common.fresh_randomness(args.seed):
+    with common.fresh_randomness(args.seed + common.rank()):
         for items in common.evaluation_batches(task, args):
             samples += collect(actors, task, items, 1, args)
     return samples
@@ -441,11 +449,10 @@ def train(args: Args, task: Task | None = None) -> Path:
         critic_texts(critics[0], first, args)  # refuses what is too long to read
 
     with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
-        run.log_evaluation(evaluate(actors, task, args))
-        for _ in range(run.epochs):
-            order = torch.randperm(len(task.train_dataset)).tolist()
-            items = (task.train_dataset[k] for k in order)
-            while samples := fill_buffer(actors, task, items, args):
+        if run.evaluation_due():
+            run.log_evaluation(evaluate(actors, task, args))
+        for items in run.epochs():
+            while common.any_rank(samples := fill_buffer(actors, task, items, args)):
                 run.log_update(samples, update(actors, critics, samples, args))
                 if run.evaluation_due():
                     run.log_evaluation(evaluate(actors, task, args))
@@ -455,4 +462,4 @@ def train(args: Args, task: Task | None = None) -> Path:
 
 if __name__ == "__main__":
     with common.one_sentence_errors():
-        train(tyro.cli(Args))
+        train(common.parse_args(Args))

@@ -43,7 +43,7 @@ def run(words, folder):
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 8 and "python iac_shared.py --num-agents 2" in COMMANDS
-    known = ("pip install ", "python ")
+    known = ("pip install ", "python ", "torchrun ")
     assert all(command.startswith(known) for command in COMMANDS)
 
 
@@ -56,12 +56,16 @@ def test_the_requirements_are_those_of_this_environment():
     assert tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 
 
-SCRIPT_COMMANDS = [c for c in COMMANDS if re.match(r"python (maac|iac_\w+)\.py", c)]
+SCRIPT_COMMANDS = [
+    c for c in COMMANDS if re.match(r"(python|torchrun .*) (maac|iac_\w+)\.py", c)
+]
 
 
 @pytest.mark.parametrize("command", SCRIPT_COMMANDS)
 def test_command(command, project, request):
     words = [sys.executable, *shlex.split(command)[1:]]
+    if command.startswith("torchrun"):
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
     if ".cache/smollm2" in words:
         words[words.index(".cache/smollm2")] = request.getfixturevalue("smollm2")
         words[words.index("--max-new-tokens") + 1] = "8"
@@ -71,13 +75,23 @@ def test_command(command, project, request):
             "    return task\n"
         )
         words[words.index("--task") + 1] = "small.py"
-    if "--eval-only" in words:
-        run([sys.executable, "iac_shared.py", *SMALL, "--exp-name", "first"], project)
-        made = next((project / "runs").glob("first*"))
+        words += ["--save-interval", "0"]  # gigabytes
+    if any("runs/RUN" in word for word in words):
+        name = f"first{COMMANDS.index(command)}"
+        run([sys.executable, "iac_shared.py", *SMALL, "--exp-name", name], project)
+        made = next((project / "runs").glob(f"{name}_*"))
         words = [word.replace("runs/RUN", str(made)) for word in words]
-    out = run([*words, *SMALL], project)
+    if "--resume" in words:  # a run of one epoch, which a second prolongs
+        prolonged = "30" in words
+        words = ["2" if word == "30" else word for word in words]
+        out = run(words, project)
+        assert ("is finished" in out) != prolonged
+    else:
+        out = run([*words, *SMALL], project)
+        prolonged = True
     folder = project / out.split("run folder: ")[-1].strip()
-    assert (folder / "metrics.jsonl").is_file() and "completions" in out
+    assert (folder / "metrics.jsonl").is_file()
+    assert ("completions" in out) == prolonged
 
 
 def test_the_python_examples(project):
@@ -146,6 +160,23 @@ def test_the_speed_benchmark(project, smollm2):
     assert re.search(r"\| bfloat16 \| [\d.]+ \| - \| - \| [\d.]+ \(", compared)
     shares = [int(share) for share in re.findall(r"(\d+) %", default)]
     assert len(shares) == 4 and 97 <= sum(shares) <= 103
+
+
+def test_the_survival_benchmark(project):
+    """All parts but the long one, for few updates."""
+    command = "python tests/benchmarks/survival.py"
+    assert sum(c.startswith(command) for c in COMMANDS) == 2 and command in COMMANDS
+    small = "--parts kill cost ranks --kills 1 --processes 1 --scripts iac_shared"
+    words = [sys.executable, *command.split()[1:], *small.split()]
+    words += ["--flags=--num-train-epochs 2"]
+    done = subprocess.run(
+        words, check=False, cwd=project, capture_output=True, text=True, env=ENVIRONMENT
+    )  # so short a run costs more than its bar, and has not learned
+    assert "iac_shared: 1 of 1 bit-identical" in done.stdout, done.stderr[-2000:]
+    assert re.search(r"iac_shared: 2 saves, \d+ ms each, [\d.]+ % of", done.stdout)
+    ends = re.findall(r"rank \d killed, all ended after ([\d.]+) s", done.stdout)
+    assert len(ends) == 2 and all(float(seconds) < 30 for seconds in ends)
+    assert done.stdout.count("alive []") == 2
 
 
 def test_the_mutants_benchmark(project):

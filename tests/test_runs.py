@@ -138,9 +138,10 @@ def test_minibatches_are_drawn_at_random_and_stand_by_length(script, tmp_path):
     args = tiny_args(script, tmp_path, train_batch_size=4)
     torch.manual_seed(0)
     batches = common.minibatches(samples, args)
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert sorted(k for batch in batches for k in batch) == list(range(11))
-    for batch in batches:
+    assert [len(batch) for batch, _ in batches] == [4, 4, 3]
+    assert [share for _, share in batches] == [4 / 11, 4 / 11, 3 / 11]
+    assert sorted(k for batch, _ in batches for k in batch) == list(range(11))
+    for batch, _ in batches:
         sizes = [lengths[k] for k in batch]
         assert sizes == sorted(sizes)
     assert batches != common.minibatches(samples, args)

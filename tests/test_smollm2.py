@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 
 REAL = {
+    "save_interval": 0,  # a checkpoint is gigabytes
     "max_new_tokens": 8,
     "rollout_buffer_size": 4,
     "micro_batch_size": 2,

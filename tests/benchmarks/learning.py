@@ -33,7 +33,7 @@ BARS = {
         "--task length_ratio --max-new-tokens 64 --agent-learning-rate 2e-5"
         " --critic-learning-rate 1e-4 --value-loss-coef 0.1 --entropy-coef 0"
         " --rollout-buffer-size 16 --num-train-epochs 8 --logging-steps 16 --eval-interval 0 --eval-num-samples 16"
-        " --eval-batch-size 16 --log-samples 16 --dtype bfloat16"
+        " --eval-batch-size 16 --log-samples 16 --dtype bfloat16 --save-interval 0"
     ),
 }
 

@@ -32,20 +32,27 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (9, "no early end", "sample.done = early or sample.turn", "sample.done = sample.turn", "test_09"),
     (10, "targets of white advantages", "return rewards + args.discount * next_values", "return (rewards - rewards.mean()) / rewards.std() + args.discount * next_values", "test_10"),
     (10, "whitening per minibatch", "weights[batch], args)", "advantages(targets[batch], values[batch], args), args)", "test_10"),
-    (11, "means of means", ".sum() / len(prompts)", ".mean()", "test_11"),
-    (11, "entropy by micro-batch", "/ sum(map(len, completions))", "/ sum(map(len, completions[part]))", "test_11"),
+    (11, "means of means", "loss = losses.sum() / count", "loss = losses.mean()", "test_11"),
+    (11, "entropy by micro-batch", "bonus = entropies.sum() / tokens", "bonus = entropies.sum() / sum(map(len, completions[part]))", "test_11"),
+    (11, "each rank's own mean", "return [sum(column) for column in zip(*gather(numbers), strict=True)]", "return list(numbers)", "test_11"),
+    (11, "each rank's own whitening", "torch.cat(common.gather(weights))", "weights", "test_11"),
     (12, "all logits in the update", '"logits_to_keep": places}', '"logits_to_keep": torch.arange(width + len(places), device=places.device)}', "test_12"),
     (12, "all logits in sampling", '"logits_to_keep": 1}', '"logits_to_keep": 0}', "test_12"),
     (13, "a second pass for the value", "    values = actor.value_head(hidden.float())\n", "    values = critic_values(actor, prompts, args)\n", "test_13"),
     (14, "text encoded again", "self.completion_ids.append(completion)", "self.completion_ids.append(actor.tokenizer(actor.tokenizer.decode(completion)).input_ids[::-1])", "test_14"),
     (15, "the first agent's tokenizer", "common.encode(actor, prompts, room", "common.encode(actors[0], prompts, room", "test_15"),
-    (16, "evaluation on training's randomness", "    states = random.getstate(), np.random.get_state()\n    with torch.random.fork_rng():\n        seed_everything(seed)\n", "    states = random.getstate(), np.random.get_state()\n    with nullcontext():\n", "test_16"),
-    (16, "Python's randomness not put back", "            random.setstate(states[0])\n", "", "test_16"),
+    (16, "evaluation on training's randomness", "    finally:\n        set_random_states(states)\n", "    finally:\n        pass\n", "test_16"),
+    (16, "Python's randomness not put back", "    random.setstate(states[\"python\"])\n", "", "test_16"),
     (17, "lengths unchecked", "len(rewards) == len(samples)", "True", "test_17"),
     (17, "values unchecked", "    check_numbers(rewards, who)\n    if task", "    if task", "test_17"),
-    (18, "the last minibatch's metrics", 'metrics[f"losses/{name}"] += value * len(batch) / len(samples)', 'metrics[f"losses/{name}"] = value', "test_18"),
-    (19, "float32 whitening", "weights.double() - weights.double().mean()", "weights - weights.sum() / len(weights)", "test_19"),
-    (19, "whitening of one sample", "args.advantage_normalization and len(weights) > 1", "args.advantage_normalization", "test_19"),
+    (18, "the last minibatch's metrics", 'metrics[f"losses/{name}"] += value * share', 'metrics[f"losses/{name}"] = value', "test_18"),
+    (19, "float32 whitening", "centred = weights.double() - everyones.mean()", "centred = weights - weights.sum() / len(weights)", "test_19"),
+    (19, "whitening of one sample", "args.advantage_normalization and len(everyones) > 1", "args.advantage_normalization", "test_19"),
+    (20, "no optimizer", 'parts["optimizer"] = self.optimizer', "pass", "test_20"),
+    (20, "no random states", "self.taken, self.random = state[\"ranks\"][rank()]", "self.taken, _ = state[\"ranks\"][rank()]", "test_20"),
+    (20, "no place in the data", "[rank() :: ranks()][self.taken :]", "[rank() :: ranks()]", "test_20"),
+    (20, "lines written twice", "file.truncate(sizes.get(name, 0))", "pass", "test_20"),
+    (20, "an evaluation forgotten", "        if run.evaluation_due():\n            run.log_evaluation(evaluate(actors, task, args))\n        for", "        if run.items == 0:\n            run.log_evaluation(evaluate(actors, task, args))\n        for", "test_20"),
 ]  # fmt: skip
 
 
@@ -58,7 +65,7 @@ def tests_pass(tree: Path, names: str) -> bool:
         command, check=False, cwd=tree, capture_output=True, env=environment
     )
     if done.returncode not in (0, 1):
-        sys.exit(done.stdout.decode()[-3000:])
+        sys.exit((done.stdout + done.stderr).decode()[-3000:])
     return done.returncode == 0
 
 

@@ -179,6 +179,7 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
             "num-train-epochs": 1,
             "dtype": job.dtype,
             "log-samples": 0,
+            "save-interval": 0,
         }
         if job.micro_batch_size is not None:
             flags["micro-batch-size"] = job.micro_batch_size
