@@ -1355,7 +1355,8 @@ class Run:
                 self.signals = os.pipe()
                 os.set_blocking(self.signals[1], False)
                 signal.set_wakeup_fd(self.signals[1])
-                threading.Thread(target=self.end_in_time, daemon=True).start()
+                self.reader = threading.Thread(target=self.end_in_time, daemon=True)
+                self.reader.start()
         set_random_states(self.random)
         self.lap()  # what the loggers took to start is no training time
         return self
@@ -1389,6 +1390,7 @@ class Run:
         if self.signals is not None:
             signal.set_wakeup_fd(-1)
             os.close(self.signals[1])
+            self.reader.join()  # a thread that outlives Python's end aborts the process
 
     def end_in_time(self) -> None:
         """End a rank that a signal finds waiting for a dead one, where no handler can run.

@@ -64,11 +64,14 @@ class Args:
 
 
 def start(script: str, flags: list[str], launcher: list[str] | None = None, **more):
-    """A run as a process; output goes to a pipe."""
+    """A run as a process; output goes to a pipe, and what it says on stderr to a file."""
     command = [*(launcher or [sys.executable]), str(ROOT / f"{script}.py"), *flags]
     environment = more.pop("env", ONE_THREAD)
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen(command, env=environment, **out, **more)
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    out = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
+    run = subprocess.Popen(command, env=environment, **out, **more)
+    run.said = said
+    return run
 
 
 def finish(run: subprocess.Popen) -> tuple[Path, float]:
@@ -76,7 +79,8 @@ def finish(run: subprocess.Popen) -> tuple[Path, float]:
     begin = time.perf_counter()
     out, _ = run.communicate()
     if run.returncode:
-        sys.exit(f"{' '.join(run.args)} ended with {run.returncode}")
+        run.said.seek(0)
+        sys.exit(f"{run.args} ended with {run.returncode}: {run.said.read()[-3000:]}")
     return Path(out.split("run folder: ")[-1].strip()), time.perf_counter() - begin
 
 
