@@ -16,8 +16,10 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -122,7 +124,10 @@ class RunArgs:
     seed: int = 1
     """Seed of the weights, of the order of the items and of the sampling."""
     task: str = "sum_to_target"
-    """sum_to_target, length_ratio, or a .py file with `task` or `make_task(args)`."""
+    """sum_to_target, hidden_cards, length_ratio, tldr, or a .py file with `task` or
+    `make_task(args)`."""
+    train_file: str | None = None
+    """Posts of tldr: JSON lines with a `prompt` each; None = the dataset trl-lib/tldr."""
     output_dir: str = "runs"
     """Where the run folder is made."""
     device: str = "auto"
@@ -500,7 +505,171 @@ def length_ratio(args: Any) -> Task:
     return Task(items, reward, items, formatters=ask)
 
 
-TASKS = {"sum_to_target": sum_to_target, "length_ratio": length_ratio}
+def hidden_cards(args: Any) -> Task:
+    """Each agent is dealt a card, 0 to 9, that no other sees; a digit of its half is right.
+
+    The halves are 0 to 4 and 5 to 9. The agents answer at every turn, and read their marks.
+
+    Nothing is paid before the last turn. Then the team gets the share of right answers, of all
+    agents at all turns, and its luck: a third of the sum of (card - 4.5). Luck is no agent's
+    doing, but it decides most of the return: a critic that reads all the cards can take it out
+    of the advantage, one that reads its own agent's card only that agent's part.
+    """
+
+    def right(prompt: str, text: str) -> bool:
+        halves = ("01234", "56789")
+        return any(prompt[5] in half and text in list(half) for half in halves)
+
+    def reward(*completions: list[str], prompts: list[list[str]]) -> list[float]:
+        rewards = []
+        for asked, texts in zip(zip(*prompts), zip(*completions), strict=True):
+            marks = "".join(prompt.split("\n")[1] for prompt in asked)
+            turn = len(marks) // args.num_agents
+            hits = marks.count("+") + sum(map(right, asked, texts))
+            luck = sum(int(prompt.split()[1]) - 4.5 for prompt in asked) / 3
+            last = turn + 1 == args.num_turns
+            rewards.append(
+                hits / (args.num_agents * args.num_turns) + luck if last else 0.0
+            )
+        return rewards
+
+    def mark(
+        prompt_history_per_agent: list, response_history_per_agent: list, **_: Any
+    ) -> list[str]:
+        histories = zip(
+            prompt_history_per_agent, response_history_per_agent, strict=True
+        )
+        return [
+            "".join("-+"[right(*turn)] for turn in zip(*both)) for both in histories
+        ]
+
+    def count_right(samples: list[Sample]) -> dict[str, float]:
+        answers = [
+            right(*pair) for s in samples for pair in zip(s.prompts, s.completions)
+        ]
+        return {"right": float(np.mean(answers))}
+
+    def deal(agent: int) -> Callable[[dict], Prompt]:
+        return lambda item: f"card {item['cards'][agent]}\n{item['prompt']}\n"
+
+    cards = [random.choices(range(10), k=args.num_agents) for _ in range(1000)]
+    items = [{"prompt": "", "cards": hand} for hand in cards]
+    agents = range(args.num_agents)
+    return Task(
+        items,
+        reward,
+        items[:100],
+        formatters=list(map(deal, agents)),
+        external_transition=mark,
+        metrics_callback=count_right,
+    )
+
+
+STOP_WORDS = """a about after all also am an and any are as at be because been being but by can
+could did do does for from had has have he her here him his how i if in into is it its just me
+more most my no not now of on only or other our out over own she should so some such than that
+the their them then there these they this those to too up us very was we were what when where
+which while who why will with would you your"""
+TRANSITIONS = {  # a category of transition words, and its words and phrases
+    "addition": "also, besides, furthermore, moreover, additionally, in addition, as well as",
+    "example": "for example, for instance, such as, namely, including, in particular",
+    "explanation": "that is, in other words, in fact, indeed, to clarify, simply put",
+    "cause": "therefore, thus, hence, so, because, consequently, as a result, due to",
+    "contrast": "but, however, yet, instead, whereas, in contrast, on the other hand",
+    "concession": "although, though, even though, despite, in spite of, nevertheless, still",
+    "condition": "if, unless, otherwise, provided that, as long as, in case, whether",
+    "sequence": "first, second, third, next, then, finally, lastly, to begin with",
+    "time": "when, while, before, after, until, since, during, later, meanwhile, eventually",
+    "comparison": "similarly, likewise, equally, just as, in the same way, compared to",
+    "emphasis": "certainly, clearly, definitely, of course, obviously, above all, especially",
+    "summary": "overall, in short, in summary, in conclusion, to sum up, ultimately, all in all",
+}
+
+
+def tldr_reward(summary: str, longer: str) -> float:
+    """What a summary and a longer version of it earn, 0 to 2.98: four levels, each a gate.
+
+    1: 0.5 if both have 8 to 256 words. 2: their ratio in characters, 1 from 1.6 to 3.2, falling
+    to 0 at 1.1 and 5. 3: their ratio in unique words, 0.5 from 2 up, falling to 0 at 1.3.
+    4: categories of transition words in the longer one, and content words in common. A level
+    out of bounds ends the count. Source: the TL;DR task of arXiv 2601.21972.
+    """
+    texts = (summary.lower(), longer.lower())
+    if not all(8 <= len(text.split()) <= 256 for text in texts):
+        return 0.0
+    ratio = len(longer) / len(summary)
+    if not 1.1 <= ratio <= 5:
+        return 0.5
+    reward = 0.5 + min(1.0, (ratio - 1.1) / 0.5, (5 - ratio) / 1.8)
+    words, more_words = (set(re.findall(r"\w+", text)) for text in texts)
+    unique = len(more_words) / len(words) if words else 0.0
+    if unique < 1.3:
+        return reward
+    reward += min(0.5, 0.5 * (unique - 1.3) / 0.7)
+    found = sum(
+        re.search(rf"\b({phrases.replace(', ', '|')})\b", texts[1]) is not None
+        for phrases in TRANSITIONS.values()
+    )
+    reward += 0.4 * min(1.0, 0.4 + 0.05 * (found - 1)) if found else 0.0
+    content, more_content = (w - set(STOP_WORDS.split()) for w in (words, more_words))
+    union = content | more_content
+    jaccard = len(content & more_content) / len(union) if union else 1.0
+    return reward + 0.6 * min(jaccard, 0.03) / 0.03
+
+
+def tldr(args: Any) -> Task:
+    """Agent 0 summarises a post, agent 1 writes the longer version; paid by tldr_reward.
+
+    Posts come from --train-file, whose last tenth is held out for evaluation, or from the
+    dataset trl-lib/tldr.
+    """
+    require(args.num_agents == 2, "task tldr is for two agents: num_agents must be 2")
+    if args.train_file is None:
+        require(
+            importlib.util.find_spec("datasets") is not None,
+            "task tldr needs the package datasets (pip install datasets), or a train_file",
+        )
+        from datasets import load_dataset
+
+        with attempting("dataset trl-lib/tldr cannot be loaded (give a train_file?)"):
+            splits = load_dataset("trl-lib/tldr")
+            posts, held_out = splits["train"], splits["validation"]
+    else:
+        failure = f"train_file {args.train_file!r} cannot be read"
+        with attempting(failure), open(args.train_file, encoding="utf-8-sig") as file:
+            posts = [json.loads(line) for line in file if line.strip()]
+        texts = [post.get("prompt") if isinstance(post, dict) else "" for post in posts]
+        require(
+            len(posts) > 1 and all(isinstance(t, str) and t.strip() for t in texts),
+            f"train_file {args.train_file!r}: expected 2 posts or more, each with a text as"
+            " its prompt",
+        )
+        count = math.ceil(len(posts) / 10)
+        posts, held_out = posts[:-count], posts[-count:]
+
+    def asking(request: str) -> Callable[[dict], Prompt]:
+        return lambda item: [
+            {"role": "user", "content": f"{item['prompt']}\n\n{request}"}
+        ]
+
+    requests = (
+        "Summarise this post in one short sentence.",
+        "Summarise this post in three sentences, joined by transition words.",
+    )
+    return Task(
+        posts,
+        lambda *texts: [tldr_reward(*pair) for pair in zip(*texts, strict=True)],
+        held_out,
+        formatters=list(map(asking, requests)),
+    )
+
+
+TASKS = {
+    "tldr": tldr,
+    "sum_to_target": sum_to_target,
+    "length_ratio": length_ratio,
+    "hidden_cards": hidden_cards,
+}
 
 
 def load_task(args: Any, task: Task | None) -> Task:
@@ -511,6 +680,10 @@ def load_task(args: Any, task: Task | None) -> Task:
     if task is None:
         with fresh_randomness(args.seed):  # items drawn at random are the same again
             known = args.task in TASKS
+            require(
+                args.train_file is None or args.task == "tldr" or not known,
+                f"train_file holds posts for tldr, and the task is {args.task}",
+            )
             task = TASKS[args.task](args) if known else load_task_file(args)
         task.name = Path(args.task).stem
     name = f"task {task.name!r}"
@@ -1140,6 +1313,37 @@ def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
         yield [task.eval_dataset[k] for k in places[part]]
 
 
+def diagnostics(
+    critic: Learner,
+    samples: list[Sample],
+    values: torch.Tensor,
+    targets: torch.Tensor,
+    args: Any,
+) -> dict[str, float]:
+    """What a critic was worth to an update, over all ranks' samples; values, targets: (B,).
+
+    Explained variance is 1 - Var(G - V) / Var(G), with G the discounted return from the sample
+    to the end of its episode: 1 for a critic that foresees it, 0 for one that says a constant.
+    The advantages are those before whitening.
+    """
+    returns, future = torch.zeros(len(samples)), 0.0
+    for place in reversed(range(len(samples))):
+        sample = samples[place]
+        future = sample.reward + args.discount * (0.0 if sample.done else future)
+        returns[place] = future
+    weights = targets - values if args.critic_type == "v" else values
+    everyones = gather(torch.stack([values, returns, weights]).double())
+    values, returns, weights = torch.cat(everyones, dim=1)
+    spread = returns.var(correction=0)
+    found = {
+        "value_mean": values.mean(),
+        "advantage_std": weights.std(correction=0),
+    }
+    if spread > 0:
+        found["explained_variance"] = 1 - (returns - values).var(correction=0) / spread
+    return {f"critic/{name}/{critic.name}": v.item() for name, v in found.items()}
+
+
 def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str, float]:
     """Means over the samples or the episodes of what the team was paid and wrote."""
     rewards = [sample.reward for sample in samples]
@@ -1167,6 +1371,56 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
     for key, value in metrics.items():
         teams.setdefault(re.split("/(?:agent|critic)_", key)[0], []).append(value)
     return {name: float(np.mean(values)) for name, values in teams.items()} | metrics
+
+
+def side_by_side(sample: Sample) -> str:
+    """A joint sample to read: a column per agent with its prompt and its completion."""
+    columns, count = [], len(sample.prompts)
+    width = max(16, shutil.get_terminal_size((100, 24)).columns // count - 3)
+    pairs = zip(sample.prompts, sample.completions, strict=True)
+    for agent, (prompt, completion) in enumerate(pairs):
+        asked = render(prompt).rstrip()
+        lines = f"agent {agent}\n{asked}\n-> {completion}".splitlines()
+        columns.append([row for x in lines for row in textwrap.wrap(x, width) or [""]])
+    rows = zip_longest(*columns, fillvalue="")
+    table = [" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
+    return "\n".join([*table, f"reward {sample.reward:.3f}"])
+
+
+PANELS = {  # of curves.png: title -> metrics
+    "return of an episode": "(rollout|eval)/return",
+    "losses": "losses/(policy|value)_loss",
+    "explained variance of the returns": "critic/explained_variance/.*",
+    "completion length (tokens)": "rollout/completion_tokens/.*",
+    "entropy (nats per token)": "losses/entropy/.*",
+    "shares of the training time": "time/.*_share",
+}
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw a run's metrics.jsonl as curves.png beside it, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("curves.png needs matplotlib: pip install matplotlib")
+        return
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, (title, pattern) in zip(
+        figure.subplots(2, 3).flat, PANELS.items(), strict=True
+    ):
+        keys = dict.fromkeys(key for line in lines for key in line)
+        for key in filter(re.compile(pattern).fullmatch, keys):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot(*zip(*points, strict=True), ".-", markersize=3, label=key)
+        if axes.lines:
+            axes.legend(fontsize="small")
+        axes.set(title=title, xlabel="items")
+        axes.set_ylim(
+            bottom=max(axes.get_ylim()[0], -1.0) if "variance" in title else None
+        )
+    figure.savefig(folder / "curves.png", dpi=100)
+    print(f"curves: {folder / 'curves.png'}")
 
 
 class Run:
@@ -1374,9 +1628,7 @@ class Run:
             place = f", rank {rank()}" if ranks() > 1 else ""
             error.args = (f"{error} (after update {self.updates}{place})",)
         if rank() == 0 and error is None:
-            for sample in self.shown[:3]:
-                print(f"prompts {list(map(render, sample.prompts))}")
-                print(f"  completions {sample.completions}  reward {sample.reward:.3f}")
+            print("", *map(side_by_side, self.shown), sep="\n\n", end="\n\n")
             print(f"run folder: {self.folder}")
         elif rank() == 0 and self.checkpoints and not isinstance(error, InputError):
             print(f"go on with: {self.resume_command()}")
@@ -1485,7 +1737,8 @@ class Run:
                 metrics = rollout_metrics(self.task, samples, "eval")
             self.write(metrics)
             self.log_samples(samples, "eval")
-            self.shown = samples
+            self.shown = samples[:3]
+            self.show_samples()
             if rank() == 0:
                 reward = f"reward {metrics['eval/return']:.3f}"
                 self.bar.write(f"evaluation after {self.items} items: {reward}")
@@ -1519,6 +1772,34 @@ class Run:
             line = {"step": self.items, "phase": phase}
             self.append("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
 
+    def show_samples(self) -> None:
+        """Give the loggers the evaluation's samples that the run prints at its end."""
+        if self.tensorboard is not None:
+            text = "\n\n".join(map(side_by_side, self.shown))
+            text = "".join(
+                f"    {line}\n" for line in text.splitlines()
+            )  # as it stands
+            self.tensorboard.add_text("eval/samples", text, self.items)
+        if self.wandb is not None:
+            from wandb import Table
+
+            heads = [
+                f"{what} {k}"
+                for k in range(self.args.num_agents)
+                for what in ("prompt", "completion")
+            ]
+            rows = [
+                [
+                    text
+                    for pair in zip(map(render, s.prompts), s.completions)
+                    for text in pair
+                ]
+                + [s.reward]
+                for s in self.shown
+            ]
+            table = Table(columns=[*heads, "reward"], data=rows)
+            self.wandb.log({"eval/samples": table}, step=self.items)
+
     def write(self, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl, and tell the other loggers."""
         line = {"step": self.items, "update": self.updates} | with_team_means(metrics)
@@ -1542,7 +1823,10 @@ class Run:
                 file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
 
     def save(self) -> None:
-        """Write each model as a Hugging Face folder, a value head as value_head.pt in it."""
+        """Write each model as a Hugging Face folder, a value head as value_head.pt in it.
+
+        And curves.png.
+        """
         writes = rank() == 0 and not self.args.eval_only
         for name, learner in self.learners.items() if writes else ():
             folder = self.folder / name
@@ -1553,3 +1837,6 @@ class Run:
                     torch.save(
                         learner.value_head.state_dict(), folder / "value_head.pt"
                     )
+        if rank() == 0:
+            with attempting(f"curves.png cannot be written to {str(self.folder)!r}"):
+                draw_curves(self.folder)

@@ -399,6 +399,7 @@ def update(
         values = estimate_values(critic, texts, args)
         targets = td_targets(samples, values, args)
         weights = advantages(targets, values, args)
+        metrics |= common.diagnostics(critic, samples, values, targets, args)
         for batch, share in batches:
             columns = torch.stack([weights, values, targets])[:, batch]
             chosen = [samples[k] for k in batch]

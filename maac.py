@@ -398,6 +398,7 @@ def update(
     values = estimate_values(critic, texts, args)
     targets = td_targets(samples, values, args)
     weights = advantages(targets, values, args)
+    metrics |= common.diagnostics(critic, samples, values, targets, args)
     for batch, share in common.minibatches(samples, args):
         inputs = [texts[k] for k in batch]
         losses = update_critic(critic, inputs, targets[batch], args)

@@ -137,6 +137,7 @@ def install_reference(folder: Path) -> Path:
         same = [
             f"torch=={torch.__version__.split('+')[0]}",
             f"transformers=={transformers.__version__}",
+            "tyro",  # which common.py imports
         ]
         install = [str(python), "-m", "pip", "install", "--quiet", *same, REFERENCE]
         subprocess.run(install, check=True)
@@ -202,6 +203,7 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
             config |= {"rollout_buffer_size": job.buffer, "top_k": 0}
             config |= {"temperature": 1.0, "top_p": 1.0}
         spec = asdict(job) | {"model": str(model), "prompts": job.prompts}
+        spec |= {"agents": [str(model)], "task": "vowels"}
         spec["config"] = config
         file = str(HERE / f"{job.who}.py")
         out, memory = run([python, file, json.dumps(spec)])
