@@ -80,10 +80,8 @@ def require(condition: Any, sentence: str) -> None:
 
 @contextmanager
 def attempting(what: str, of_user: bool = False) -> Iterator[None]:
-    """Turn an exception inside into an InputError: the sentence `what`, and the reason.
-
-    of_user: `what` is a user's code, and the sentence says what it raised, and where.
-    """
+    """Turn an exception inside into an InputError: `what`, and the reason. Of a user's code
+    (of_user) the sentence says what it raised, and where."""
     try:
         yield
     except InputError:
@@ -175,9 +173,7 @@ FREE_FLAGS = {
 
 def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     """The command line's flags, by tyro; under --resume, the run's flags are the defaults.
-
-    Raises InputError if the run folder's args.json cannot be read.
-    """
+    Raises InputError if the run folder's args.json cannot be read."""
     args = tyro.cli(args_class, args=arguments)
     if args.resume is None:
         return args
@@ -200,8 +196,12 @@ def check_args(args: Any) -> None:
     """Raise InputError for a flag out of its range, naming the flag and the range."""
     counts = (
         "num_agents num_turns num_generations num_train_epochs max_new_tokens top_k"
-        " rollout_buffer_size train_batch_size micro_batch_size critic_value_head_hidden_dim"
-        " value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"
+    )
+    counts += (
+        " rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim"
+    )
+    counts += (
+        " critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"
     )
     rates = "agent_learning_rate critic_learning_rate value_clip_range temperature"
     weights = "value_loss_coef entropy_coef max_grad_norm"
@@ -223,19 +223,18 @@ def check_args(args: Any) -> None:
             fits = value is None or holds(value)
             require(fits, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
+    options = json_object(args.model_config, "model_config")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     devices = ("agent_devices", "critic_devices")
     placed = " and ".join(flag for flag in devices if several and getattr(args, flag))
-    one = several and ":" in args.device
-    nothing = args.resume is not None and args.eval_only
-    cast = {"dtype", "torch_dtype"} & set(
-        json_object(args.model_config, "model_config")
-    )
+    single = several and ":" in args.device
+    resumed = args.resume is not None and args.eval_only
+    casts = {"dtype", "torch_dtype"} & set(options)
     refused = {
         f"{placed} place the models of one process, and torchrun started several": placed,
-        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": one,
-        "resume goes on with training, and eval_only trains nothing: give one of them": nothing,
-        "model_config cannot set a dtype: weights are float32, and --dtype sets the compute type": cast,
+        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": single,
+        "resume goes on with training, and eval_only trains nothing: give one of them": resumed,
+        "model_config cannot set a dtype: weights are float32, and --dtype sets the compute type": casts,
     }
     for sentence, given in refused.items():
         require(not given, sentence)
@@ -458,10 +457,8 @@ def length_ratio(args: Any) -> Task:
         request = f"Write a story about {item['prompt']} in one or two sentences."
         return [{"role": "user", "content": request}]
 
-    require(
-        args.num_agents > 1,
-        "task length_ratio compares agents: num_agents must be 2 or more",
-    )
+    compares = "task length_ratio compares agents"
+    require(args.num_agents > 1, f"{compares}: num_agents must be 2 or more")
     items = [{"prompt": " ".join(topic.split())} for topic in TOPICS.split(",")]
     return Task(items, reward, items, formatters=ask)
 
@@ -470,10 +467,8 @@ TASKS = {"sum_to_target": sum_to_target, "length_ratio": length_ratio}
 
 
 def load_task(args: Any, task: Task | None) -> Task:
-    """The given task, or the one that args.task names; checked against args.
-
-    Raises InputError if there is none, or if it does not fit num_agents and num_turns.
-    """
+    """The given task, or the one that args.task names. Raises InputError if there is none,
+    or if it does not fit num_agents and num_turns."""
     if task is None:
         with fresh_randomness(args.seed):  # items drawn at random are the same again
             known = args.task in TASKS
@@ -489,9 +484,10 @@ def load_task(args: Any, task: Task | None) -> Task:
         sized = hasattr(dataset, "__len__")
         require(sized, f"{name}: {key} must be a list or a dataset with a length")
         require(len(dataset) > 0, f"{name} has an empty {key}")
-    listed = task.formatters if isinstance(task.formatters, Sequence) else [0] * agents
-    given = f"{name} has {len(listed)} formatters for {agents} agents"
-    require(len(listed) == agents, f"{given}: give one callable, or one per agent")
+    if isinstance(task.formatters, Sequence):
+        given = f"{name} has {len(task.formatters)} formatters for {agents} agents"
+        fits = len(task.formatters) == agents
+        require(fits, f"{given}: give one callable, or one per agent")
     ready = turns == 1 or task.external_transition is not None
     require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
     return task
@@ -518,10 +514,8 @@ def load_task_file(args: Any) -> Task:
 
 
 def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
-    """An agent's prompt for an item.
-
-    Raises InputError for an item without a prompt, and for what is neither text nor messages.
-    """
+    """An agent's prompt for an item. Raises InputError for an item without a prompt, and for
+    what is neither text nor messages."""
     several = isinstance(task.formatters, Sequence)
     formatter = task.formatters[agent] if several else task.formatters
     who = f"task {task.name!r}, item {item!r:.200}"
@@ -547,14 +541,10 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     return prompt
 
 
-def first_samples(
-    task: Task, actors: Sequence[Learner], args: Any
-) -> Iterator[list[Sample]]:
-    """The first turns of all items, a thousand at a time, with empty completions.
-
-    They show whether every prompt can be read before a run starts. Raises InputError for one
-    that is missing, empty or too long for its actor.
-    """
+def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
+    """The first turns of all items, a thousand samples at a time, with empty completions, to
+    see before a run starts that every prompt can be read. Raises InputError for one that is
+    missing, empty or too long for its actor."""
     datasets = (task.train_dataset, task.eval_dataset)
     for dataset in (dataset for dataset in datasets if dataset is not None):
         for part in slices(len(dataset), 1000):
@@ -570,23 +560,18 @@ def first_samples(
             yield samples
 
 
-def first_turn(
-    task: Task, items: list[dict], generations: int, args: Any
-) -> list[Sample]:
+def first_turn(task: Task, items: list, generations: int, args: Any) -> list[Sample]:
     """The samples that open `generations` episodes of each item, without completions yet."""
-    samples = []
-    for item in items:
-        for _ in range(generations):
-            prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
-            samples.append(Sample(item, len(samples), 0, prompts))
+    samples: list[Sample] = []
+    for item in [item for item in items for _ in range(generations)]:
+        prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
+        samples.append(Sample(item, len(samples), 0, prompts))
     return samples
 
 
 def end_turn(task: Task, samples: list[Sample], generations: int, args: Any) -> None:
     """Set rewards and ends of one turn of episodes, which stand in the order of their items.
-
-    An episode ends at the turn limit, or with a reward over the threshold.
-    """
+    An episode ends at the turn limit, or with a reward over the threshold."""
     for _, joint in groupby(samples, key=lambda sample: sample.episode // generations):
         pay(task, list(joint))
     threshold = args.early_termination_threshold
@@ -601,10 +586,8 @@ def per_agent(rows: Iterable[list]) -> list[list]:
 
 
 def pay(task: Task, samples: list[Sample]) -> None:
-    """Set the rewards of the joint samples of one item.
-
-    Raises InputError unless the task returns as many finite numbers as there are samples.
-    """
+    """Set the rewards of the joint samples of one item. Raises InputError unless the task
+    returns as many finite numbers as there are samples."""
     item, count = samples[0].item, len(samples)
     where = f"task {task.name!r}, item {item!r:.200}"
     who = f"{where}: reward_func"
@@ -639,18 +622,13 @@ def check_numbers(values: Sequence[Any], who: str) -> None:
 
 def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
     """The samples after those of the last turn whose episodes go on."""
-    return [
-        Sample(s.item, s.episode, s.turn + 1, next_prompts(task, s, args), s)
-        for s in samples
-        if not s.done
-    ]
+    live = [(s, next_prompts(task, s, args)) for s in samples if not s.done]
+    return [Sample(s.item, s.episode, s.turn + 1, prompts, s) for s, prompts in live]
 
 
 def next_prompts(task: Task, sample: Sample, args: Any) -> list[Prompt]:
-    """The prompts of the turn after `sample`, by the task's transition.
-
-    Raises InputError if it does not give one prompt per agent.
-    """
+    """The prompts of the turn after `sample`, by the task's transition. Raises InputError if
+    it does not give one prompt per agent."""
     history = [sample]
     while history[0].previous is not None:
         history.insert(0, history[0].previous)
@@ -697,12 +675,9 @@ def fresh_randomness(seed: int) -> Iterator[None]:
 def random_states() -> dict[str, Any]:
     """Every random state of this process, in types that load without running code."""
     name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    gpus = torch.cuda.get_rng_state_all()
+    return {**states, "torch": torch.get_rng_state(), "cuda": gpus}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -758,10 +733,8 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 
 def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of that name; its end token pads where it has no pad token.
-
-    Raises InputError if it cannot be loaded, or has neither.
-    """
+    """The tokenizer of that name; its end token pads where it has no pad token. Raises
+    InputError if it cannot be loaded, or has neither."""
     if name == "tiny":
         return tiny_tokenizer()
     with attempting(f"tokenizer {name!r} cannot be loaded"):
@@ -802,17 +775,14 @@ def load_model(
     reader = f"tokenizer {args.tokenizer or name!r}"
     require(fits, f"{reader} has more tokens than model {name!r} embeds")
     if model.can_generate():
-        end = model.generation_config.eos_token_id
-        end_ids = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-        model.generation_config = GenerationConfig(
-            eos_token_id=sorted(end_ids - {None}), pad_token_id=tokenizer.pad_token_id
-        )
+        end, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
+        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        ends = sorted(ends - {None})
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     return model.to(device), tokenizer
 
 
-def load_learners(
-    role: str, auto_class: Any, names: list[str], args: Any
-) -> list[Learner]:
+def load_learners(role: str, auto_class: Any, names: list, args: Any) -> list[Learner]:
     """The actors or the critics, without optimizers or value heads yet."""
     first = 0 if role == "agent" else args.num_agents
     devices = pick_devices(f"{role}_devices", len(names), args)
@@ -836,10 +806,7 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
 
 
 def encode(
-    learner: Learner,
-    prompts: list[Prompt],
-    actions: list[str] | None = None,
-    room: int = 0,
+    learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
 ) -> list[list[int]]:
     """Token ids of each prompt, and of its action behind it, by the learner's tokenizer.
 
@@ -848,10 +815,13 @@ def encode(
     `room` for new tokens in the model's positions.
     """
     tokenizer, ids = learner.tokenizer, []
-    for chat, group in groupby(prompts, lambda prompt: is_chat(prompt, tokenizer)):
-        some = list(group)
+    template = tokenizer.chat_template is not None
+    options = {"tokenize": False, "add_generation_prompt": True}
+    for chat, some in groupby(prompts, lambda p: template and not isinstance(p, str)):
+        some = list(some)
         with attempting(f"{learner.name}'s tokenizer cannot read {some[0]!r:.200}"):
-            texts = [render(prompt, tokenizer if chat else None) for prompt in some]
+            texts = tokenizer.apply_chat_template(some, **options) if chat else None
+            texts = texts or list(map(render, some))
             ids += tokenizer(texts, add_special_tokens=not chat).input_ids
     require(all(ids), f"{learner.name} was given an empty prompt")
     if actions:
@@ -865,19 +835,10 @@ def encode(
     return ids
 
 
-def is_chat(prompt: Prompt, tokenizer: Any) -> bool:
-    """Whether a chat template turns the prompt into text."""
-    return not isinstance(prompt, str) and tokenizer.chat_template is not None
-
-
-def render(prompt: Prompt, tokenizer: Any | None = None) -> str:
-    """A prompt as text: by the tokenizer's chat template, or the contents alone."""
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        return "\n".join(message["content"] for message in prompt)
-    options = {"tokenize": False, "add_generation_prompt": True}
-    return tokenizer.apply_chat_template(prompt, **options)
+def render(prompt: Prompt) -> str:
+    """A prompt as text; of messages, the contents."""
+    is_text = isinstance(prompt, str)
+    return prompt if is_text else "\n".join(message["content"] for message in prompt)
 
 
 # ------------------------------------------------------- the processes of torchrun
@@ -902,12 +863,12 @@ def say(text: str, **options: Any) -> None:
 def join_ranks() -> bool:
     """Join the processes that torchrun started, if it did; whether it was done here."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not dist.is_initialized():
-        gpus = torch.cuda.is_available()
+    joins = several and not dist.is_initialized()
+    if joins:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with attempting("the processes of torchrun cannot be joined"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-        return True
-    return False
+            dist.init_process_group(backend)
+    return joins
 
 
 def gather(mine: Any) -> list[Any]:
@@ -948,14 +909,10 @@ def sum_over_ranks(learner: Learner, sums: dict[str, float]) -> dict[str, float]
 # -------------------------------------------------------------------- checkpoints
 
 
-def write_checkpoint(
-    folder: Path, update: int, state: dict, whole: list[Path]
-) -> list[Path]:
-    """Save `state` under a name that holds its SHA-256; returns the two that are kept.
-
-    whole: those known to be whole, oldest first. It is written aside and renamed; where that
-    fails, what was there before is unharmed.
-    """
+def write_checkpoint(folder: Path, update: int, state: dict, whole: list) -> list[Path]:
+    """Save `state` under a name that holds its SHA-256; returns the paths of the two that are
+    kept. whole: those known to be whole, oldest first. It is written aside and renamed; where
+    that fails, what was there before is unharmed."""
     aside = folder / "unfinished"
     try:
         with open(aside, "wb") as file:
@@ -974,11 +931,9 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
-    """The newest whole checkpoint and its path; None where none was written yet.
-
-    A damaged one is named on standard error and the one before it is taken. Raises
-    InputError if all are damaged.
-    """
+    """The newest whole checkpoint and its path; None where none was written yet. A damaged
+    one is named on standard error and the one before it is taken. Raises InputError if all
+    are damaged."""
     paths = sorted(folder.glob("update_*.pt"), reverse=True)
     for path in paths:
         with suppress(OSError):
@@ -993,11 +948,9 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
 
 def lock_folder(folder: Path) -> int:
     """Keep other runs out of the folder until this file is closed, or its process ends.
-
-    Raises InputError where another run keeps it. On Windows nothing is kept.
-    """
+    Raises InputError where another run keeps it. On Windows nothing is kept."""
     lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
-    with suppress(ImportError):  # on Windows
+    with suppress(ImportError):
         import fcntl
 
         try:
@@ -1009,13 +962,13 @@ def lock_folder(folder: Path) -> int:
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is no longer as it was, in words."""
-    changed = [name for name, value in was.items() if value != now.get(name)]
-    return [
-        f"{name.removeprefix('hash of ')} changed"
-        if name.startswith("hash of ")
-        else f"{name} was {was[name]!r} and is {now.get(name)!r}"
-        for name in changed
-    ]
+    words = []
+    for name, value in was.items():
+        if value != now.get(name):
+            short = name.removeprefix("hash of ")
+            change = f"was {value!r} and is {now.get(name)!r}"
+            words.append(f"{short} {change if short == name else 'changed'}")
+    return words
 
 
 def digest(path: Path) -> str:
@@ -1034,12 +987,10 @@ def slices(count: int, size: int | None) -> list[slice]:
 
 
 def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
-    """The places of a buffer's samples in random order, train_batch_size at a time.
-
-    With each minibatch comes its share in the buffer. Both are counted over all ranks; every
-    rank has as many minibatches, if need be empty ones. Within a minibatch samples stand
-    by length, so that micro-batches need little padding.
-    """
+    """The places of a buffer's samples in random order, train_batch_size at a time, and each
+    minibatch's share in the buffer. Both are counted over all ranks; every rank has as many
+    minibatches, if need be empty ones. Within one, samples stand by length, so that
+    micro-batches need little padding."""
     order = torch.randperm(len(samples)).tolist()
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
@@ -1089,10 +1040,8 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Run:
-    """A run's folder, progress, checkpoints and loggers; a context manager.
-
-    All ranks count alike, for each is told what the others did; the one at 0 writes.
-    """
+    """A run's folder, progress, checkpoints and loggers; a context manager. All ranks count
+    alike, for each is told what the others did; the one at 0 writes."""
 
     FILES = ("metrics.jsonl", "samples.jsonl")
     STATE = (  # in a checkpoint, beside the learners and the ranks' own states
@@ -1177,11 +1126,9 @@ class Run:
         }
 
     def restore(self, identity: dict[str, Any]) -> dict[str, int]:
-        """Take a run up where its newest checkpoint left it; returns its files' sizes then.
-
-        One that was killed before its first checkpoint begins anew. Raises InputError where
-        this run differs from that one, or its files do not fit.
-        """
+        """Take a run up where its newest checkpoint left it; returns its files' sizes then. One
+        that was killed before its first checkpoint begins anew. Raises InputError where this
+        run differs from that one, or its files do not fit."""
         where, folder = repr(str(self.folder)), self.folder / "checkpoint"
         failure = f"{where} cannot be resumed"
         with attempting(failure):
@@ -1296,10 +1243,8 @@ class Run:
             self.reader.join()  # a thread that outlives Python's end aborts the process
 
     def end_in_time(self) -> None:
-        """End a rank that a signal finds waiting for a dead one, where no handler can run.
-
-        Five seconds before torchrun would kill it; other ranks have as long to save.
-        """
+        """End a rank that a signal finds waiting for a dead one, where no handler can run, five
+        seconds before torchrun would kill it; other ranks have as long to save."""
         number = os.read(self.signals[0], 1)  # empty once the run is over
         grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
         if number and not self.over.wait(grace):
