@@ -40,6 +40,7 @@ import common
 from common import Learner, Sample, Task
 
 Ids = list[list[int]]  # B texts as token ids
+Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
 
 
@@ -120,9 +121,7 @@ def adam(learner: Learner, learning_rate: float, head_rate: float) -> torch.opti
     return torch.optim.Adam(groups, fused=True)
 
 
-def pad_batch(
-    learner: Learner, prompts: Ids, completions: Ids | None = None
-) -> tuple[dict[str, Tensor], int]:
+def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
     """Left-pad the prompts and right-pad the completions: the model's inputs (B, L), and P.
 
     Positions count from each sample's first token, not from the padding.
@@ -135,12 +134,9 @@ def pad_batch(
         left, right = width - len(prompt), more - len(completion)
         rows.append([pad_id] * left + prompt + completion + [pad_id] * right)
         masks.append([0] * left + [1] * len(prompt + completion) + [0] * right)
-    mask = torch.tensor(masks, device=device)
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }, width
+    ids, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}, width
 
 
 # ------------------------------------------------------------------- generation
@@ -189,14 +185,9 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
         ended |= torch.isin(tokens[:, 0], end_ids)
         if ended.all():
             break
-        cache = output.past_key_values
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": nn.functional.pad(
-                inputs["attention_mask"], (0, 1), value=1
-            ),
-            "position_ids": inputs["position_ids"][:, -1:] + 1,
-        }
+        cache, places = output.past_key_values, inputs["position_ids"][:, -1:] + 1
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
     rows = torch.cat(sampled, dim=1).tolist()
     ends = [[token in actor.end_ids for token in row] + [True] for row in rows]
     return [row[: end.index(True) + 1] for row, end in zip(rows, ends, strict=True)]
@@ -285,10 +276,9 @@ def fill_buffer(
 
 def critic_texts(critic: Learner, samples: list[Sample], agent: int, args: Args) -> Ids:
     """What the agent's value head judges, as the agent's tokens: h (v), or h and a (q)."""
-    actions = [
-        s.completion_ids[agent] if args.critic_type == "q" else [] for s in samples
-    ]
-    return [s.prompt_ids[agent] + a for s, a in zip(samples, actions, strict=True)]
+    if args.critic_type == "v":
+        return [sample.prompt_ids[agent] for sample in samples]
+    return [s.prompt_ids[agent] + s.completion_ids[agent] for s in samples]
 
 
 def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
@@ -304,9 +294,8 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
     values = [torch.zeros(0)]
-    for part in common.slices(
-        len(texts), args.micro_batch_size or args.train_batch_size
-    ):
+    size = args.micro_batch_size or args.train_batch_size
+    for part in common.slices(len(texts), size):
         values.append(critic_values(critic, texts[part], args).cpu())
     common.check_finite(critic, "value", torch.cat(values), texts)
     return torch.cat(values)
@@ -328,9 +317,8 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
         centred = weights.double() - everyones.mean()  # equal ones become exactly 0
         weights = (centred / (everyones.std() + 1e-8)).float()
     elif args.advantage_normalization:
-        warnings.warn(
-            "a buffer of one sample has no advantages to whiten", stacklevel=2
-        )
+        message = "a buffer of one sample has no advantages to whiten"
+        warnings.warn(message, stacklevel=2)
     return weights
 
 
@@ -339,10 +327,8 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 
 def optimizer_step(learner: Learner, texts: Ids, args: Args) -> float:
     """Clip the gradient, which came from `texts`, step; returns its norm before clipping."""
-    parameters = [
-        p for group in learner.optimizer.param_groups for p in group["params"]
-    ]
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    limit = args.max_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
     what = f"gradient (of {len(texts)} texts, the first named)"
     common.check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
     learner.optimizer.step()
@@ -367,9 +353,8 @@ def update_actor(
     count, tokens = common.total(len(prompts), sum(map(len, completions)))
     sums = {"policy_loss": 0.0, "entropy": 0.0, "value_loss": 0.0}
     for part in common.slices(len(prompts), args.micro_batch_size):
-        logprobs, entropies, values = sequence_logprobs(
-            actor, prompts[part], completions[part], args
-        )
+        texts = prompts[part], completions[part]
+        logprobs, entropies, values = sequence_logprobs(actor, *texts, args)
         weights, old, targets = columns[:, part].to(values.device)
         losses = -logprobs * weights  # (B,)
         common.check_finite(actor, "policy loss", losses, prompts[part])
