@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shlex
 import signal
 import sys
@@ -227,14 +226,15 @@ def check_args(args: Any) -> None:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     devices = ("agent_devices", "critic_devices")
     placed = " and ".join(flag for flag in devices if several and getattr(args, flag))
-    single = several and ":" in args.device
-    resumed = args.resume is not None and args.eval_only
-    casts = {"dtype", "torch_dtype"} & set(options)
+    one = several and ":" in args.device
+    both = args.resume is not None and args.eval_only
+    why = "weights are float32, and --dtype sets the compute type"
     refused = {
         f"{placed} place the models of one process, and torchrun started several": placed,
-        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": single,
-        "resume goes on with training, and eval_only trains nothing: give one of them": resumed,
-        "model_config cannot set a dtype: weights are float32, and --dtype sets the compute type": casts,
+        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": one,
+        "resume goes on with training, and eval_only trains nothing: give one of them": both,
+        f"model_config cannot set a dtype: {why}": {"dtype", "torch_dtype"}
+        & set(options),
     }
     for sentence, given in refused.items():
         require(not given, sentence)
@@ -395,6 +395,13 @@ class Task:
     name: str = "task"
     """What messages and the run folder call it; --task sets it."""
 
+    @functools.cached_property
+    def reward_keywords(self) -> set[str] | None:
+        """The names that reward_func takes as keywords; None = any."""
+        parameters = inspect.signature(self.reward_func).parameters.values()
+        names = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
+
 
 def sum_to_target(args: Any) -> Task:
     """Each agent writes a number, unseen by the others; together they should add up.
@@ -501,9 +508,12 @@ def load_task_file(args: Any) -> Task:
     who = f"task file {args.task!r}"
     require(path.is_file(), f"{who} does not exist")
     with attempting(who, of_user=True):
-        names = runpy.run_path(str(path), run_name=f"task_file_{path.stem}")
-        make = names.get("make_task")
-        task = make(args) if make else names.get("task")
+        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        make = getattr(module, "make_task", None)
+        task = make(args) if make else getattr(module, "task", None)
     wanted = "`task` (a common.Task) or `make_task(args)` that returns one"
     got = type(task).__name__
     require(isinstance(task, Task), f"{who} must define {wanted}, got {got}")
@@ -592,12 +602,10 @@ def pay(task: Task, samples: list[Sample]) -> None:
     where = f"task {task.name!r}, item {item!r:.200}"
     who = f"{where}: reward_func"
     with attempting(who, of_user=True):
-        taken = inspect.signature(task.reward_func).parameters.values()
-        names = {p.name for p in taken if p.kind is not p.VAR_POSITIONAL}
-        every = any(p.kind is p.VAR_KEYWORD for p in taken)
-        more = {"batch_items": [item], "prompts": per_agent(s.prompts for s in samples)}
-        more = {k: value for k, value in more.items() if every or k in names}
         completions = per_agent(s.completions for s in samples)
+        more = {"batch_items": [item], "prompts": per_agent(s.prompts for s in samples)}
+        if task.reward_keywords is not None:
+            more = {key: more[key] for key in more.keys() & task.reward_keywords}
         given = rewards = task.reward_func(*completions, **more)
     if isinstance(rewards, torch.Tensor | np.ndarray):
         rewards = rewards.tolist()
@@ -820,8 +828,10 @@ def encode(
     for chat, some in groupby(prompts, lambda p: template and not isinstance(p, str)):
         some = list(some)
         with attempting(f"{learner.name}'s tokenizer cannot read {some[0]!r:.200}"):
-            texts = tokenizer.apply_chat_template(some, **options) if chat else None
-            texts = texts or list(map(render, some))
+            if chat:
+                texts = tokenizer.apply_chat_template(some, **options)
+            else:
+                texts = list(map(render, some))
             ids += tokenizer(texts, add_special_tokens=not chat).input_ids
     require(all(ids), f"{learner.name} was given an empty prompt")
     if actions:
@@ -1297,9 +1307,8 @@ class Run:
         self.items += episodes // generations
         self.samples += len(samples)
         self.updates += 1
-        for name, value in rollout_metrics(self.task, samples, "rollout").items():
-            self.pending.setdefault(name, []).append(value)
-        for name, value in losses.items():
+        metrics = {**rollout_metrics(self.task, samples, "rollout"), **losses}
+        for name, value in metrics.items():
             self.pending.setdefault(name, []).append(value)
         self.log_samples(samples, "train")
         lap = self.lap()
@@ -1377,11 +1386,10 @@ class Run:
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append a line of JSON to a file of the run folder."""
         path = self.folder / name
-        text = json.dumps(line, default=str, skipkeys=True) + "\n"
         with attempting(f"{str(path)!r} cannot be written"):
             if rank() == 0:
                 with open(path, "a") as file:
-                    file.write(text)
+                    file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
 
     def save(self) -> None:
         """Write each model as a Hugging Face folder, a value head as value_head.pt in it."""

@@ -113,11 +113,12 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
 
 
-def adam(learner: Learner, learning_rate: float, head_rate: float) -> torch.optim.Adam:
-    """The optimizer of a model and of its value head, if it has one."""
+def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
+    """The optimizer of a model, and of its value head, which learns at the critic's rate."""
     groups = [{"params": list(learner.model.parameters()), "lr": learning_rate}]
     if learner.value_head is not None:
-        groups += [{"params": list(learner.value_head.parameters()), "lr": head_rate}]
+        head = list(learner.value_head.parameters())
+        groups += [{"params": head, "lr": args.critic_learning_rate}]
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -423,9 +424,7 @@ def train(args: Args, task: Task | None = None) -> Path:
     critics = actors  # each agent's critic is its own model with a value head
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
-        actor.optimizer = adam(
-            actor, args.agent_learning_rate, args.critic_learning_rate
-        )
+        actor.optimizer = adam(actor, args.agent_learning_rate, args)
     common.restore_heads(critics, args)
     for first in common.first_samples(task, actors, args):
         for agent, critic in enumerate(critics):

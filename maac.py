@@ -110,11 +110,12 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
 
 
-def adam(learner: Learner, learning_rate: float, head_rate: float) -> torch.optim.Adam:
-    """The optimizer of a model and of its value head, if it has one."""
+def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
+    """The optimizer of a model, and of its value head, which learns at the critic's rate."""
     groups = [{"params": list(learner.model.parameters()), "lr": learning_rate}]
     if learner.value_head is not None:
-        groups += [{"params": list(learner.value_head.parameters()), "lr": head_rate}]
+        head = list(learner.value_head.parameters())
+        groups += [{"params": head, "lr": args.critic_learning_rate}]
     return torch.optim.Adam(groups, fused=True)
 
 
@@ -424,12 +425,10 @@ def train(args: Args, task: Task | None = None) -> Path:
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
     critics = common.load_learners("critic", AutoModel, critic_names, args)
     for actor in actors:
-        actor.optimizer = adam(
-            actor, args.agent_learning_rate, args.critic_learning_rate
-        )
+        actor.optimizer = adam(actor, args.agent_learning_rate, args)
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
-        critic.optimizer = adam(critic, *[args.critic_learning_rate] * 2)
+        critic.optimizer = adam(critic, args.critic_learning_rate, args)
     common.restore_heads(critics, args)
     for first in common.first_samples(task, actors, args):
         critic_texts(critics[0], first, args)  # refuses what is too long to read
