@@ -228,13 +228,13 @@ def check_args(args: Any) -> None:
     placed = " and ".join(flag for flag in devices if several and getattr(args, flag))
     one = several and ":" in args.device
     both = args.resume is not None and args.eval_only
+    halved = {"dtype", "torch_dtype"} & set(options)
     why = "weights are float32, and --dtype sets the compute type"
     refused = {
         f"{placed} place the models of one process, and torchrun started several": placed,
         f"device {args.device!r} is one for all the processes that torchrun started: give cuda": one,
         "resume goes on with training, and eval_only trains nothing: give one of them": both,
-        f"model_config cannot set a dtype: {why}": {"dtype", "torch_dtype"}
-        & set(options),
+        f"model_config cannot set a dtype: {why}": halved,
     }
     for sentence, given in refused.items():
         require(not given, sentence)
