@@ -193,15 +193,9 @@ def plain_args(args: Any) -> dict[str, Any]:
 
 def check_args(args: Any) -> None:
     """Raise InputError for a flag out of its range, naming the flag and the range."""
-    counts = (
-        "num_agents num_turns num_generations num_train_epochs max_new_tokens top_k"
-    )
-    counts += (
-        " rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim"
-    )
-    counts += (
-        " critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"
-    )
+    counts = """num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
+        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
+        critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"""
     rates = "agent_learning_rate critic_learning_rate value_clip_range temperature"
     weights = "value_loss_coef entropy_coef max_grad_norm"
     ranges = (
@@ -684,8 +678,8 @@ def random_states() -> dict[str, Any]:
     """Every random state of this process, in types that load without running code."""
     name, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    gpus = torch.cuda.get_rng_state_all()
-    return {**states, "torch": torch.get_rng_state(), "cuda": gpus}
+    states |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return states
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -772,7 +766,7 @@ def load_model(
         if name == "tiny":
             model = auto_class.from_config(tiny_config(**options))
         else:
-            options |= {**hub, "return_unused_kwargs": True}
+            options = {**options, **hub, "return_unused_kwargs": True}
             config, options = AutoConfig.from_pretrained(name, **options)
             for key, value in config.to_dict().items():
                 if "drop" in key and isinstance(value, float):
