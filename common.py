@@ -751,12 +751,10 @@ def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase
 def load_model(
     auto_class: Any, name: str, index: int, device: torch.device, args: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model in float32 without dropout, and its tokenizer.
-
-    auto_class: AutoModelForCausalLM for an actor, AutoModel for a critic's backbone. Each
-    index gives a tiny model weights of its own. Of a checkpoint's generation config only the
-    end-of-sequence ids count. Raises InputError if it cannot be loaded.
-    """
+    """A model in float32 without dropout, and its tokenizer. auto_class: AutoModelForCausalLM
+    for an actor, AutoModel for a critic's backbone. Each index gives a tiny model weights of
+    its own. Of a checkpoint's generation config only the end-of-sequence ids count. Raises
+    InputError if it cannot be loaded."""
     options = json_object(args.model_config, "model_config")
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
     hub |= {key: options[key] for key in HUB_OPTIONS if key in options}
@@ -811,11 +809,9 @@ def encode(
     learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
 ) -> list[list[int]]:
     """Token ids of each prompt, and of its action behind it, by the learner's tokenizer.
-
     Text is taken to the letter; messages go through the chat template, or become plain text
     where there is none. Raises InputError for an empty prompt, and for a text that leaves no
-    `room` for new tokens in the model's positions.
-    """
+    `room` for new tokens in the model's positions."""
     tokenizer, ids = learner.tokenizer, []
     template = tokenizer.chat_template is not None
     options = {"tokenize": False, "add_generation_prompt": True}
@@ -1301,8 +1297,8 @@ class Run:
         self.items += episodes // generations
         self.samples += len(samples)
         self.updates += 1
-        metrics = {**rollout_metrics(self.task, samples, "rollout"), **losses}
-        for name, value in metrics.items():
+        metrics = rollout_metrics(self.task, samples, "rollout")
+        for name, value in (metrics | losses).items():
             self.pending.setdefault(name, []).append(value)
         self.log_samples(samples, "train")
         lap = self.lap()

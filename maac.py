@@ -121,9 +121,7 @@ def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam
 
 def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
     """Left-pad the prompts and right-pad the completions: the model's inputs (B, L), and P.
-
-    Positions count from each sample's first token, not from the padding.
-    """
+    Positions count from each sample's first token, not from the padding."""
     pad_id, device = learner.tokenizer.pad_token_id, learner.model.device
     completions = completions or [[]] * len(prompts)
     width, more = max(map(len, prompts)), max(map(len, completions))
@@ -142,10 +140,8 @@ def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) ->
 
 def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     """Temperature, then top-k, then top-p: the same for sampling and for (1).
-
     Logits (..., V) -> float32 scores (..., V), -inf where cut. The tokens `keep` (...) are
-    never cut, so that no rounding makes a sampled token impossible.
-    """
+    never cut, so that no rounding makes a sampled token impossible."""
     scores = logits.float() / args.temperature
     if args.top_k is None and args.top_p == 1:
         return scores
@@ -165,10 +161,8 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
 @common.timed("generation")
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
-    """Sample a completion for each prompt, all in one batch.
-
-    It goes up to its first end-of-sequence token, inclusive, or to max_new_tokens.
-    """
+    """Sample a completion for each prompt, all in one batch. It goes up to its first
+    end-of-sequence token, inclusive, or to max_new_tokens."""
     inputs, _ = pad_batch(actor, prompts)
     end_ids = torch.tensor(actor.end_ids, device=actor.model.device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
@@ -228,10 +222,8 @@ def sequence_logprobs(
 def collect(
     actors: list[Learner], task: Task, items: list[dict], generations: int, args: Args
 ) -> list[Sample]:
-    """Play `generations` episodes of each item, all of them side by side.
-
-    Returns the samples, episode after episode, turn after turn.
-    """
+    """Play `generations` episodes of each item, all of them side by side. Returns the
+    samples, episode after episode, turn after turn."""
     samples: list[Sample] = []
     live = common.first_turn(task, items, generations, args)
     while live:
@@ -252,9 +244,7 @@ def fill_buffer(
     actors: list[Learner], task: Task, items: Iterator[dict], args: Args
 ) -> list[Sample]:
     """This rank's share of rollout_buffer_size, in whole episodes, while it has items.
-
-    Plays as many items at once as the buffer is sure to need.
-    """
+    Plays as many items at once as the buffer is sure to need."""
     samples: list[Sample] = []
     size = math.ceil(args.rollout_buffer_size / common.ranks())
     while (missing := size - len(samples)) > 0:
@@ -413,9 +403,7 @@ def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
 
 def train(args: Args, task: Task | None = None) -> Path:
     """Train a team on `task`, or on the one that args names; returns the run folder.
-
-    Raises InputError where the arguments or the task cannot be used.
-    """
+    Raises InputError where the arguments or the task cannot be used."""
     common.check_args(args)
     actor_names = common.model_names(args)
     critic_names = common.critic_names(args, actor_names[:1])
