@@ -24,10 +24,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from itertools import groupby, pairwise, zip_longest
+from itertools import chain, groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,13 +37,9 @@ import torch.distributed as dist
 import transformers
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -57,6 +53,7 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
+Formatter = Callable[[dict], Prompt]
 
 
 class InputError(ValueError):
@@ -76,38 +73,28 @@ def one_sentence_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def require(condition: bool, sentence: str) -> None:
+def require(condition: Any, sentence: str) -> None:
     """Raise InputError with `sentence` unless `condition` holds."""
     if not condition:
         raise InputError(sentence)
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Turn an exception of a user's code into an InputError that says what raised it, and where."""
+def attempting(what: str, of_user: bool = False) -> Iterator[None]:
+    """Turn an exception inside into an InputError: `what`, and the reason. Of a user's code
+    (of_user) the sentence says what it raised, and where."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        ours = (__file__, "<frozen importlib._bootstrap")
+        kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
+        if not of_user:
+            raise InputError(f"{what}: {reason or kind}") from error
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+        theirs = [f for f in frames if not f.filename.startswith((__file__, "<frozen"))]
         where = f" at {theirs[0].filename}, line {theirs[0].lineno}" if theirs else ""
-        reason = ": ".join([type(error).__name__, *str(error).strip().split("\n")[:1]])
-        raise InputError(f"{what} raised {reason}{where}") from error
-
-
-@contextmanager
-def attempting(failure: str) -> Iterator[None]:
-    """Turn an exception inside into an InputError: the sentence `failure`, and the reason."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{failure}: {reason}") from error
+        raise InputError(f"{what} raised {kind}: {reason}{where}") from error
 
 
 # -------------------------------------------------------------------- arguments
@@ -190,9 +177,7 @@ FREE_FLAGS = {
 
 def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     """The command line's flags, by tyro; under --resume, the run's flags are the defaults.
-
-    Raises InputError if the run folder's args.json cannot be read.
-    """
+    Raises InputError if the run folder's args.json cannot be read."""
     args = tyro.cli(args_class, args=arguments)
     if args.resume is None:
         return args
@@ -203,8 +188,7 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
     strange = ", ".join(saved.keys() - {flag.name for flag in fields(args_class)})
     require(not strange, f"{args.resume!r} is of another script: it has {strange}")
-    default = args_class(**saved)
-    return tyro.cli(args_class, args=arguments, default=default)
+    return tyro.cli(args_class, args=arguments, default=args_class(**saved))
 
 
 def plain_args(args: Any) -> dict[str, Any]:
@@ -214,63 +198,49 @@ def plain_args(args: Any) -> dict[str, Any]:
 
 def check_args(args: Any) -> None:
     """Raise InputError for a flag out of its range, naming the flag and the range."""
-    counts = (
-        "num_agents num_turns num_generations num_train_epochs max_new_tokens top_k"
-        " rollout_buffer_size train_batch_size micro_batch_size critic_value_head_hidden_dim"
-        " value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"
+    counts = """num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
+        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
+        critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"""
+    rates = "agent_learning_rate critic_learning_rate value_clip_range temperature"
+    weights = "value_loss_coef entropy_coef max_grad_norm"
+    ranges = (
+        (counts, "at least 1", lambda v: v >= 1),
+        ("critic_type", "v or q", lambda v: v in ("v", "q")),
+        ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
+        (rates, "above 0", lambda v: 0 < v < math.inf),
+        ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
+        ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
+        ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
+        (weights, "at least 0", lambda v: 0 <= v < math.inf),
+        ("eval_interval save_interval log_samples", "at least 0", lambda v: v >= 0),
+        ("seed", "from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32),
     )
-    ranges: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        **dict.fromkeys(counts.split(), ("at least 1", lambda v: v >= 1)),
-        "critic_type": ("v or q", lambda v: v in ("v", "q")),
-        "dtype": ("float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
-        "agent_learning_rate": ("above 0", lambda v: 0 < v < math.inf),
-        "critic_learning_rate": ("above 0", lambda v: 0 < v < math.inf),
-        "value_clip_range": ("above 0", lambda v: 0 < v < math.inf),
-        "temperature": ("above 0", lambda v: 0 < v < math.inf),
-        "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-        "discount": ("from 0 to 1", lambda v: 0 <= v <= 1),
-        "early_termination_threshold": ("a number", lambda v: not math.isnan(v)),
-        "value_loss_coef": ("at least 0", lambda v: 0 <= v < math.inf),
-        "entropy_coef": ("at least 0", lambda v: 0 <= v < math.inf),
-        "max_grad_norm": ("at least 0", lambda v: 0 <= v < math.inf),
-        "eval_interval": ("at least 0", lambda v: v >= 0),
-        "save_interval": ("at least 0", lambda v: v >= 0),
-        "log_samples": ("at least 0", lambda v: v >= 0),
-        "seed": ("from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32),
-    }
-    for flag, (wanted, holds) in ranges.items():
-        value = getattr(args, flag, None)
-        require(
-            value is None or holds(value), f"{flag} must be {wanted}, got {value!r}"
-        )
+    for flags, wanted, holds in ranges:
+        for flag in flags.split():
+            value = getattr(args, flag, None)
+            fits = value is None or holds(value)
+            require(fits, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
-    placed = [
-        flag for flag in ("agent_devices", "critic_devices") if getattr(args, flag)
-    ]
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    require(
-        not (placed and several),
-        f"{' and '.join(placed)} place the models of one process, and torchrun started several",
-    )
-    require(
-        not (":" in args.device and several),
-        f"device {args.device!r} is one for all the processes that torchrun started: give cuda",
-    )
-    require(
-        args.resume is None or not args.eval_only,
-        "resume goes on with training, and eval_only trains nothing: give one of them",
-    )
     options = json_object(args.model_config, "model_config")
-    require(
-        not {"dtype", "torch_dtype"} & set(options),
-        "model_config cannot set a dtype: weights are float32, and --dtype sets the compute type",
-    )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    devices = ("agent_devices", "critic_devices")
+    placed = " and ".join(flag for flag in devices if several and getattr(args, flag))
+    one = several and ":" in args.device
+    both = args.resume is not None and args.eval_only
+    halved = {"dtype", "torch_dtype"} & set(options)
+    why = "weights are float32, and --dtype sets the compute type"
+    refused = {
+        f"{placed} place the models of one process, and torchrun started several": placed,
+        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": one,
+        "resume goes on with training, and eval_only trains nothing: give one of them": both,
+        f"model_config cannot set a dtype: {why}": halved,
+    }
+    for sentence, given in refused.items():
+        require(not given, sentence)
     if args.wandb_config is not None:
         json_object(args.wandb_config, "wandb_config")
-        require(
-            importlib.util.find_spec("wandb") is not None,
-            "wandb_config needs the package wandb: pip install wandb",
-        )
+        found = importlib.util.find_spec("wandb")
+        require(found, "wandb_config needs the package wandb: pip install wandb")
 
 
 def json_object(text: str | dict, flag: str) -> dict[str, Any]:
@@ -285,21 +255,17 @@ def json_object(text: str | dict, flag: str) -> dict[str, Any]:
 
 def model_names(args: Any) -> list[str]:
     """One model name per agent; InputError if `agents` has more or less."""
-    names = list(args.agents) or [args.agent_model] * args.num_agents
-    require(
-        len(names) == args.num_agents,
-        f"agents lists {len(names)} models for num_agents {args.num_agents}: give one each",
-    )
-    return names
+    count, names = args.num_agents, args.agents or [args.agent_model] * args.num_agents
+    given = f"agents lists {len(names)} models for num_agents {count}"
+    require(len(names) == count, f"{given}: give one each")
+    return list(names)
 
 
 def critic_names(args: Any, default: list[str]) -> list[str]:
     """One critic name for each of `default`; InputError if `critics` has more or less."""
     names = list(args.critics) or [args.critic_model or name for name in default]
-    require(
-        len(names) == len(default),
-        f"critics lists {len(names)} models, and this script has {len(default)}: give one each",
-    )
+    given = f"critics lists {len(names)} models, and this script has {len(default)}"
+    require(len(names) == len(default), f"{given}: give one each")
     return names
 
 
@@ -329,9 +295,12 @@ class Learner:
 
     def parts(self) -> dict[str, Any]:
         """What has a state: the model, its value head, their optimizer."""
-        parts = {"model": self.model, "value_head": self.value_head}
-        parts["optimizer"] = self.optimizer
+        parts = {k: getattr(self, k) for k in ("model", "value_head", "optimizer")}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What its optimizer steps."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def end_ids(self) -> list[int]:
@@ -384,8 +353,8 @@ class Sample:
     done: bool = False  # the episode's last turn
 
     def add(self, actor: Learner, prompt: list[int], completion: list[int]) -> None:
-        """Take what the next agent read and wrote."""
-        ended = completion[-1] in actor.end_ids
+        """Take what the next agent read and wrote; where that is nothing, it has ended."""
+        ended = all(token in actor.end_ids for token in completion[-1:])
         ids = completion[:-1] if ended else completion
         self.prompt_ids.append(prompt)
         self.completion_ids.append(completion)
@@ -415,9 +384,7 @@ class Task:
     """Items of the evaluation; None = no evaluation."""
     reward_processor: Callable[[float], float] | None = None
     """Applied to every reward."""
-    formatters: Callable[[dict], Prompt] | Sequence[Callable[[dict], Prompt]] | None = (
-        None
-    )
+    formatters: Formatter | Sequence[Formatter] | None = None
     """item -> prompt: one for all agents, or one for each."""
     external_transition: Callable[..., Sequence[Prompt]] | None = None
     """Next prompts, one per agent, from the keywords prompt, agent_completions, num_agents,
@@ -431,9 +398,8 @@ class Task:
     def reward_keywords(self) -> set[str] | None:
         """The names that reward_func takes as keywords; None = any."""
         parameters = inspect.signature(self.reward_func).parameters.values()
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return None
-        return {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+        names = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
 
 
 def sum_to_target(args: Any) -> Task:
@@ -497,10 +463,8 @@ def length_ratio(args: Any) -> Task:
         request = f"Write a story about {item['prompt']} in one or two sentences."
         return [{"role": "user", "content": request}]
 
-    require(
-        args.num_agents > 1,
-        "task length_ratio compares agents: num_agents must be 2 or more",
-    )
+    compares = "task length_ratio compares agents"
+    require(args.num_agents > 1, f"{compares}: num_agents must be 2 or more")
     items = [{"prompt": " ".join(topic.split())} for topic in TOPICS.split(",")]
     return Task(items, reward, items, formatters=ask)
 
@@ -673,10 +637,8 @@ TASKS = {
 
 
 def load_task(args: Any, task: Task | None) -> Task:
-    """The given task, or the one that args.task names; checked against args.
-
-    Raises InputError if there is none, or if it does not fit num_agents and num_turns.
-    """
+    """The given task, or the one that args.task names. Raises InputError if there is none,
+    or if it does not fit num_agents and num_turns."""
     if task is None:
         with fresh_randomness(args.seed):  # items drawn at random are the same again
             known = args.task in TASKS
@@ -686,52 +648,42 @@ def load_task(args: Any, task: Task | None) -> Task:
             )
             task = TASKS[args.task](args) if known else load_task_file(args)
         task.name = Path(args.task).stem
-    name = f"task {task.name!r}"
+    name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
     require(callable(task.reward_func), f"{name} has no callable reward_func")
-    for field_name in ("train_dataset", "eval_dataset"):
-        dataset = getattr(task, field_name)
-        optional = field_name == "eval_dataset" and not args.eval_only
-        require(optional or dataset is not None, f"{name} has no {field_name}")
-        sized = dataset is None or hasattr(dataset, "__len__")
-        require(
-            sized, f"{name}: {field_name} must be a list or a dataset with a length"
-        )
-        require(
-            dataset is None or len(dataset) > 0, f"{name} has an empty {field_name}"
-        )
+    for key in ("train_dataset", "eval_dataset"):
+        dataset = getattr(task, key)
+        if dataset is None and key == "eval_dataset" and not args.eval_only:
+            continue
+        require(dataset is not None, f"{name} has no {key}")
+        sized = hasattr(dataset, "__len__")
+        require(sized, f"{name}: {key} must be a list or a dataset with a length")
+        require(len(dataset) > 0, f"{name} has an empty {key}")
     if isinstance(task.formatters, Sequence):
-        require(
-            len(task.formatters) == args.num_agents,
-            f"{name} has {len(task.formatters)} formatters for {args.num_agents} agents:"
-            " give one callable, or one per agent",
-        )
-    require(
-        args.num_turns == 1 or task.external_transition is not None,
-        f"{name} has no external_transition, which num_turns {args.num_turns} needs",
-    )
+        given = f"{name} has {len(task.formatters)} formatters for {agents} agents"
+        fits = len(task.formatters) == agents
+        require(fits, f"{given}: give one callable, or one per agent")
+    ready = turns == 1 or task.external_transition is not None
+    require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
     return task
 
 
 def load_task_file(args: Any) -> Task:
     """The task that the file args.task defines; InputError if it defines none."""
-    path = Path(args.task)
-    known = ", ".join(TASKS)
-    require(
-        path.suffix == ".py", f"unknown task {args.task!r}: give {known}, or a .py file"
-    )
-    require(path.is_file(), f"task file {args.task!r} does not exist")
-    with naming(f"task file {args.task!r}"):
+    path, known = Path(args.task), ", ".join(TASKS)
+    is_file_name = path.suffix == ".py"
+    require(is_file_name, f"unknown task {args.task!r}: give {known}, or a .py file")
+    who = f"task file {args.task!r}"
+    require(path.is_file(), f"{who} does not exist")
+    with attempting(who, of_user=True):
         spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
         task = make(args) if make else getattr(module, "task", None)
-    require(
-        isinstance(task, Task),
-        f"task file {args.task!r} must define `task` (a common.Task) or `make_task(args)` that"
-        f" returns one, got {type(task).__name__}",
-    )
+    wanted = "`task` (a common.Task) or `make_task(args)` that returns one"
+    got = type(task).__name__
+    require(isinstance(task, Task), f"{who} must define {wanted}, got {got}")
     return task
 
 
@@ -739,50 +691,41 @@ def load_task_file(args: Any) -> Task:
 
 
 def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
-    """An agent's prompt for an item.
-
-    Raises InputError for an item without a prompt, and for what is neither text nor messages.
-    """
+    """An agent's prompt for an item. Raises InputError for an item without a prompt, and for
+    what is neither text nor messages."""
     several = isinstance(task.formatters, Sequence)
     formatter = task.formatters[agent] if several else task.formatters
     who = f"task {task.name!r}, item {item!r:.200}"
     require(isinstance(item, dict), f"{who}: an item must be a dict")
     if formatter is None:
-        require(
-            "prompt" in item,
-            f"{who}: the item has no prompt, and there is no formatter",
-        )
+        given = "prompt" in item
+        require(given, f"{who}: the item has no prompt, and there is no formatter")
         return check_prompt(item["prompt"], who)
     who = f"{who}: formatter of agent {agent}"
-    with naming(who):
+    with attempting(who, of_user=True):
         prompt = formatter(item)
     return check_prompt(prompt, who)
 
 
 def check_prompt(prompt: Any, who: str) -> Prompt:
     """The prompt; InputError unless it is text or a list of chat messages."""
-    messages = isinstance(prompt, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-    )
-    require(
-        isinstance(prompt, str) or (messages and len(prompt) > 0),
-        f"{who}: expected a prompt, text or chat messages, got {prompt!r:.100}",
-    )
+    good = isinstance(prompt, str)
+    if isinstance(prompt, list) and prompt:
+        keys = {"role", "content"}
+        good = all(isinstance(m, dict) and keys <= set(m) for m in prompt)
+    wanted = "expected a prompt, text or chat messages"
+    require(good, f"{who}: {wanted}, got {prompt!r:.100}")
     return prompt
 
 
-def first_samples(
-    task: Task, actors: Sequence[Learner], args: Any
-) -> Iterator[list[Sample]]:
-    """The first turns of all items, a thousand at a time, with empty completions.
-
-    They show whether every prompt can be read before a run starts. Raises InputError for one
-    that is missing, empty or too long for its actor.
-    """
+def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
+    """The first turns of all items, a thousand samples at a time, with empty completions, to
+    see before a run starts that every prompt can be read. Raises InputError for one that is
+    missing, empty or too long for its actor."""
     datasets = (task.train_dataset, task.eval_dataset)
-    for dataset in [dataset for dataset in datasets if dataset is not None]:
+    for dataset in (dataset for dataset in datasets if dataset is not None):
         for part in slices(len(dataset), 1000):
-            with naming(f"task {task.name!r}: a dataset"):
+            with attempting(f"task {task.name!r}: a dataset", of_user=True):
                 items = [dataset[k] for k in range(len(dataset))[part]]
             with fresh_randomness(args.seed):
                 samples = first_turn(task, items, 1, args)
@@ -790,30 +733,22 @@ def first_samples(
                 prompts = [sample.prompts[agent] for sample in samples]
                 ids = encode(actor, prompts, room=args.max_new_tokens)
                 for sample, prompt_ids in zip(samples, ids, strict=True):
-                    sample.prompt_ids.append(prompt_ids)
-                    sample.completion_ids.append([])
-                    sample.completions.append("")
-                    sample.ended.append(True)
+                    sample.add(actor, prompt_ids, [])
             yield samples
 
 
-def first_turn(
-    task: Task, items: list[dict], generations: int, args: Any
-) -> list[Sample]:
+def first_turn(task: Task, items: list, generations: int, args: Any) -> list[Sample]:
     """The samples that open `generations` episodes of each item, without completions yet."""
-    samples = []
-    for item in items:
-        for _ in range(generations):
-            prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
-            samples.append(Sample(item, len(samples), 0, prompts))
+    samples: list[Sample] = []
+    for item in [item for item in items for _ in range(generations)]:
+        prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
+        samples.append(Sample(item, len(samples), 0, prompts))
     return samples
 
 
 def end_turn(task: Task, samples: list[Sample], generations: int, args: Any) -> None:
     """Set rewards and ends of one turn of episodes, which stand in the order of their items.
-
-    An episode ends at the turn limit, or with a reward over the threshold.
-    """
+    An episode ends at the turn limit, or with a reward over the threshold."""
     for _, joint in groupby(samples, key=lambda sample: sample.episode // generations):
         pay(task, list(joint))
     threshold = args.early_termination_threshold
@@ -822,31 +757,31 @@ def end_turn(task: Task, samples: list[Sample], generations: int, args: Any) -> 
         sample.done = early or sample.turn + 1 == args.num_turns
 
 
-def pay(task: Task, samples: list[Sample]) -> None:
-    """Set the rewards of the joint samples of one item.
+def per_agent(rows: Iterable[list]) -> list[list]:
+    """From lists with one thing per agent, for each agent the list of its things."""
+    return [list(column) for column in zip(*rows, strict=True)]
 
-    Raises InputError unless the task returns as many finite numbers as there are samples.
-    """
-    item = samples[0].item
-    completions = [list(texts) for texts in zip(*(s.completions for s in samples))]
-    optional = {"batch_items": [item]}
-    optional["prompts"] = [list(texts) for texts in zip(*(s.prompts for s in samples))]
-    who = f"task {task.name!r}, item {item!r:.200}: reward_func"
-    with naming(who):
+
+def pay(task: Task, samples: list[Sample]) -> None:
+    """Set the rewards of the joint samples of one item. Raises InputError unless the task
+    returns as many finite numbers as there are samples."""
+    item, count = samples[0].item, len(samples)
+    where = f"task {task.name!r}, item {item!r:.200}"
+    who = f"{where}: reward_func"
+    with attempting(who, of_user=True):
+        completions = per_agent(s.completions for s in samples)
+        more = {"batch_items": [item], "prompts": per_agent(s.prompts for s in samples)}
         if task.reward_keywords is not None:
-            optional = {k: optional[k] for k in optional.keys() & task.reward_keywords}
-        rewards = task.reward_func(*completions, **optional)
-    given = rewards
+            more = {key: more[key] for key in more.keys() & task.reward_keywords}
+        given = rewards = task.reward_func(*completions, **more)
     if isinstance(rewards, torch.Tensor | np.ndarray):
         rewards = rewards.tolist()
-    require(
-        isinstance(rewards, list | tuple) and len(rewards) == len(samples),
-        f"{who}: expected a list of {len(samples)} numbers, got {given!r:.100}",
-    )
+    fits = isinstance(rewards, list | tuple) and len(rewards) == len(samples)
+    require(fits, f"{who}: expected a list of {count} numbers, got {given!r:.100}")
     check_numbers(rewards, who)
     if task.reward_processor is not None:
-        who = f"task {task.name!r}, item {item!r:.200}: reward_processor"
-        with naming(who):
+        who = f"{where}: reward_processor"
+        with attempting(who, of_user=True):
             rewards = [task.reward_processor(reward) for reward in rewards]
         check_numbers(rewards, who)
     for sample, reward in zip(samples, rewards, strict=True):
@@ -855,52 +790,40 @@ def pay(task: Task, samples: list[Sample]) -> None:
 
 def check_numbers(values: Sequence[Any], who: str) -> None:
     """Raise InputError unless all values are finite numbers."""
-    numbers = [
-        isinstance(v, int | float | np.number) and math.isfinite(v) for v in values
-    ]
-    require(all(numbers), f"{who}: expected finite numbers, got {values!r:.100}")
+    types = int | float | np.number
+    good = all(isinstance(v, types) and math.isfinite(v) for v in values)
+    require(good, f"{who}: expected finite numbers, got {values!r:.100}")
 
 
 def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
     """The samples after those of the last turn whose episodes go on."""
-    live = [sample for sample in samples if not sample.done]
-    return [
-        Sample(s.item, s.episode, s.turn + 1, next_prompts(task, s, args), s)
-        for s in live
-    ]
+    live = [(s, next_prompts(task, s, args)) for s in samples if not s.done]
+    return [Sample(s.item, s.episode, s.turn + 1, prompts, s) for s, prompts in live]
 
 
 def next_prompts(task: Task, sample: Sample, args: Any) -> list[Prompt]:
-    """The prompts of the turn after `sample`, by the task's transition.
-
-    Raises InputError if it does not give one prompt per agent.
-    """
+    """The prompts of the turn after `sample`, by the task's transition. Raises InputError if
+    it does not give one prompt per agent."""
     history = [sample]
     while history[0].previous is not None:
         history.insert(0, history[0].previous)
-    agents = range(args.num_agents)
-    who = f"task {task.name!r}, item {sample.item!r:.200}: external_transition"
-    with naming(who):
+    item, count = sample.item, args.num_agents
+    who = f"task {task.name!r}, item {item!r:.200}: external_transition"
+    with attempting(who, of_user=True):
         given = task.external_transition(
-            prompt=sample.item.get("prompt"),
+            prompt=item.get("prompt"),
             agent_completions=list(sample.completions),
-            num_agents=args.num_agents,
-            prompt_history_per_agent=[[s.prompts[i] for s in history] for i in agents],
-            response_history_per_agent=[
-                [s.completions[i] for s in history] for i in agents
-            ],
+            num_agents=count,
+            prompt_history_per_agent=per_agent(s.prompts for s in history),
+            response_history_per_agent=per_agent(s.completions for s in history),
         )
-    require(
-        isinstance(given, list | tuple) and len(given) == args.num_agents,
-        f"{who}: expected {args.num_agents} prompts, got {given!r:.100}",
-    )
+    fits = isinstance(given, list | tuple) and len(given) == count
+    require(fits, f"{who}: expected {count} prompts, got {given!r:.100}")
     prompts = [check_prompt(prompt, who) for prompt in given]
     if args.external_prompt_passthrough:
         return prompts
-    return [
-        format_prompt(task, {**sample.item, "prompt": prompts[agent]}, agent)
-        for agent in agents
-    ]
+    items = [{**item, "prompt": prompt} for prompt in prompts]
+    return [format_prompt(task, items[k], k) for k in range(count)]
 
 
 # ----------------------------------------------------------- models and tokenizers
@@ -927,12 +850,9 @@ def fresh_randomness(seed: int) -> Iterator[None]:
 def random_states() -> dict[str, Any]:
     """Every random state of this process, in types that load without running code."""
     name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    states |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return states
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -957,18 +877,15 @@ def pick_device(device: str) -> torch.device:
 def pick_devices(flag: str, count: int, args: Any) -> list[torch.device]:
     """One device per agent or critic; InputError if the flag lists more or less."""
     names = list(getattr(args, flag) or args.agent_devices[:count]) or [args.device]
-    require(
-        len(names) in (1, count),
-        f"{flag} lists {len(names)} devices for {count} models: give one, or one each",
-    )
+    given = f"{flag} lists {len(names)} devices for {count} models"
+    require(len(names) in (1, count), f"{given}: give one, or one each")
     return [pick_device(name) for name in (names * count)[:count]]
 
 
-def autocast(learner: Learner, args: Any) -> Any:
+def autocast(learner: Learner, args: Any) -> torch.autocast:
     """The context in which a learner's model computes in args.dtype."""
-    if args.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(learner.model.device.type, torch.bfloat16)
+    device, on = learner.model.device.type, args.dtype == "bfloat16"
+    return torch.autocast(device, torch.bfloat16, enabled=on)
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -978,43 +895,28 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
     """The built-in model: a Llama of 0.1 million parameters."""
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 1024,
-    }
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 1024, **changes}
     special = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
-    return LlamaConfig(
-        vocab_size=len(tiny_tokenizer()), **special, **{**sizes, **changes}
-    )
+    return LlamaConfig(vocab_size=len(tiny_tokenizer()), **special, **sizes)
 
 
 def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of that name; its end token pads where it has no pad token.
-
-    Raises InputError if it cannot be loaded, or has neither.
-    """
+    """The tokenizer of that name; its end token pads where it has no pad token. Raises
+    InputError if it cannot be loaded, or has neither."""
     if name == "tiny":
         return tiny_tokenizer()
     with attempting(f"tokenizer {name!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     if tokenizer.pad_token_id is None:
-        require(
-            tokenizer.eos_token_id is not None,
-            f"tokenizer {name!r} has neither a pad nor an end-of-sequence token: give it one",
-        )
+        lacks = "has neither a pad nor an end-of-sequence token: give it one"
+        require(tokenizer.eos_token_id is not None, f"tokenizer {name!r} {lacks}")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -1022,12 +924,10 @@ def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase
 def load_model(
     auto_class: Any, name: str, index: int, device: torch.device, args: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model in float32 without dropout, and its tokenizer.
-
-    auto_class: AutoModelForCausalLM for an actor, AutoModel for a critic's backbone. Each
-    index gives a tiny model weights of its own. Of a checkpoint's generation config only the
-    end-of-sequence ids count. Raises InputError if it cannot be loaded.
-    """
+    """A model in float32 without dropout, and its tokenizer. auto_class: AutoModelForCausalLM
+    for an actor, AutoModel for a critic's backbone. Each index gives a tiny model weights of
+    its own. Of a checkpoint's generation config only the end-of-sequence ids count. Raises
+    InputError if it cannot be loaded."""
     options = json_object(args.model_config, "model_config")
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
     hub |= {key: options[key] for key in HUB_OPTIONS if key in options}
@@ -1037,30 +937,25 @@ def load_model(
         if name == "tiny":
             model = auto_class.from_config(tiny_config(**options))
         else:
-            config, options = AutoConfig.from_pretrained(
-                name, return_unused_kwargs=True, **{**options, **hub}
-            )
+            options = {**options, **hub, "return_unused_kwargs": True}
+            config, options = AutoConfig.from_pretrained(name, **options)
             for key, value in config.to_dict().items():
                 if "drop" in key and isinstance(value, float):
                     setattr(config, key, 0.0)
             options |= {"config": config, **hub, "dtype": torch.float32}
             model = auto_class.from_pretrained(name, **options)
-    require(
-        len(tokenizer) <= model.get_input_embeddings().num_embeddings,
-        f"tokenizer {args.tokenizer or name!r} has more tokens than model {name!r} embeds",
-    )
+    fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
+    reader = f"tokenizer {args.tokenizer or name!r}"
+    require(fits, f"{reader} has more tokens than model {name!r} embeds")
     if model.can_generate():
-        end = model.generation_config.eos_token_id
-        end_ids = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-        model.generation_config = GenerationConfig(
-            eos_token_id=sorted(end_ids - {None}), pad_token_id=tokenizer.pad_token_id
-        )
+        end, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
+        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        ends = sorted(ends - {None})
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     return model.to(device), tokenizer
 
 
-def load_learners(
-    role: str, auto_class: Any, names: list[str], args: Any
-) -> list[Learner]:
+def load_learners(role: str, auto_class: Any, names: list, args: Any) -> list[Learner]:
     """The actors or the critics, without optimizers or value heads yet."""
     first = 0 if role == "agent" else args.num_agents
     devices = pick_devices(f"{role}_devices", len(names), args)
@@ -1076,65 +971,47 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
     given = args.critics or args.critic_model or critics[0].name == "agent_0"
     for critic in critics if given and not args.eval_only else ():
         path = Path(critic.source) / "value_head.pt"
+        failure = f"value head {str(path)!r} (of another hidden dimension?)"
         if path.is_file():
-            failure = f"value head {str(path)!r} (of another hidden dimension?)"
             with attempting(f"{failure} cannot be loaded"):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
                 critic.value_head.load_state_dict(weights)
 
 
 def encode(
-    learner: Learner,
-    prompts: list[Prompt],
-    actions: list[str] | None = None,
-    room: int = 0,
+    learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
 ) -> list[list[int]]:
     """Token ids of each prompt, and of its action behind it, by the learner's tokenizer.
-
     Text is taken to the letter; messages go through the chat template, or become plain text
     where there is none. Raises InputError for an empty prompt, and for a text that leaves no
-    `room` for new tokens in the model's positions.
-    """
-    tokenizer = learner.tokenizer
-    ids: list[list[int]] = [[] for _ in prompts]
-    chats = [is_chat(prompt, tokenizer) for prompt in prompts]
-    for chat in set(chats):
-        rows = [k for k, is_one in enumerate(chats) if is_one == chat]
-        with attempting(
-            f"{learner.name}'s tokenizer cannot read {prompts[rows[0]]!r:.200}"
-        ):
-            texts = [render(prompts[k], tokenizer if chat else None) for k in rows]
-            encoded = tokenizer(texts, add_special_tokens=not chat).input_ids
-        for row, row_ids in zip(rows, encoded, strict=True):
-            ids[row] = row_ids
+    `room` for new tokens in the model's positions."""
+    tokenizer, ids = learner.tokenizer, []
+    template = tokenizer.chat_template is not None
+    options = {"tokenize": False, "add_generation_prompt": True}
+    for chat, some in groupby(prompts, lambda p: template and not isinstance(p, str)):
+        some = list(some)
+        with attempting(f"{learner.name}'s tokenizer cannot read {some[0]!r:.200}"):
+            if chat:
+                texts = tokenizer.apply_chat_template(some, **options)
+            else:
+                texts = list(map(render, some))
+            ids += tokenizer(texts, add_special_tokens=not chat).input_ids
     require(all(ids), f"{learner.name} was given an empty prompt")
     if actions:
         encoded = tokenizer(actions, add_special_tokens=False).input_ids
         ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
     limit = getattr(learner.model.config, "max_position_embeddings", None) or math.inf
     longest = max(map(len, ids), default=0)
-    writes = f" and is to write {room}" if room else ""
-    require(
-        longest + room <= limit,
-        f"{learner.name} is to read {longest} tokens{writes}: its model takes {limit} in all",
-    )
+    reads = f"{learner.name} is to read {longest} tokens"
+    reads += f" and is to write {room}" if room else ""
+    require(longest + room <= limit, f"{reads}: its model takes {limit} in all")
     return ids
 
 
-def is_chat(prompt: Prompt, tokenizer: Any) -> bool:
-    """Whether a chat template turns the prompt into text."""
-    return not isinstance(prompt, str) and tokenizer.chat_template is not None
-
-
-def render(prompt: Prompt, tokenizer: Any | None = None) -> str:
-    """A prompt as text: by the tokenizer's chat template, or the contents alone."""
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        return "\n".join(message["content"] for message in prompt)
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=True
-    )
+def render(prompt: Prompt) -> str:
+    """A prompt as text; of messages, the contents."""
+    is_text = isinstance(prompt, str)
+    return prompt if is_text else "\n".join(message["content"] for message in prompt)
 
 
 # ------------------------------------------------------- the processes of torchrun
@@ -1150,15 +1027,21 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def say(text: str, **options: Any) -> None:
+    """Print on the one at 0."""
+    if rank() == 0:
+        print(text, **options)
+
+
 def join_ranks() -> bool:
     """Join the processes that torchrun started, if it did; whether it was done here."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not dist.is_initialized():
-        gpus = torch.cuda.is_available()
+    joins = several and not dist.is_initialized()
+    if joins:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with attempting("the processes of torchrun cannot be joined"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-        return True
-    return False
+            dist.init_process_group(backend)
+    return joins
 
 
 def gather(mine: Any) -> list[Any]:
@@ -1185,29 +1068,24 @@ def sum_over_ranks(learner: Learner, sums: dict[str, float]) -> dict[str, float]
     """Sum a learner's gradients, in place, and these numbers over the ranks: one all-reduce."""
     if ranks() == 1:
         return sums
-    parameters = [p for g in learner.optimizer.param_groups for p in g["params"]]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    numbers = torch.tensor(list(sums.values()), device=learner.model.device)
-    flat = torch.cat([tensor.flatten() for tensor in (numbers, *gradients)])
+    tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
+    for p in learner.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        tensors.append(p.grad)
+    flat = parameters_to_vector(tensors)
     with attempting(f"rank {rank()} is without the others, one of which says why"):
         dist.all_reduce(flat)
-    numbers, *gradients = flat.split([len(numbers), *(p.numel() for p in parameters)])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return dict(zip(sums, numbers.tolist(), strict=True))
+    vector_to_parameters(flat, tensors)
+    return dict(zip(sums, tensors[0].tolist(), strict=True))
 
 
 # -------------------------------------------------------------------- checkpoints
 
 
-def write_checkpoint(
-    folder: Path, update: int, state: dict, whole: list[Path]
-) -> list[Path]:
-    """Save `state` under a name that holds its SHA-256; returns the two that are kept.
-
-    whole: those known to be whole, oldest first. It is written aside and renamed; where that
-    fails, what was there before is unharmed.
-    """
+def write_checkpoint(folder: Path, update: int, state: dict, whole: list) -> list[Path]:
+    """Save `state` under a name that holds its SHA-256; returns the paths of the two that are
+    kept. whole: those known to be whole, oldest first. It is written aside and renamed; where
+    that fails, what was there before is unharmed."""
     aside = folder / "unfinished"
     try:
         with open(aside, "wb") as file:
@@ -1217,8 +1095,7 @@ def write_checkpoint(
         path = folder / f"update_{update:08}_{digest(aside)}.pt"
         aside.replace(path)
     except Exception:
-        with suppress(OSError):
-            aside.unlink()
+        aside.unlink(missing_ok=True)
         raise
     kept = [other for other in whole if other.name[:15] < path.name[:15]][-1:] + [path]
     for other in set(folder.glob("update_*.pt")) - set(kept):
@@ -1227,33 +1104,28 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
-    """The newest whole checkpoint and its path; None where none was written yet.
-
-    A damaged one is named on standard error and the one before it is taken. Raises
-    InputError if all are damaged.
-    """
+    """The newest whole checkpoint and its path; None where none was written yet. A damaged
+    one is named on standard error and the one before it is taken. Raises InputError if all
+    are damaged."""
     paths = sorted(folder.glob("update_*.pt"), reverse=True)
     for path in paths:
         with suppress(OSError):
             if path.stem.endswith(digest(path)):
                 with attempting(f"checkpoint {path} cannot be loaded"):
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-                return state, [path]
-        if rank() == 0:
-            print(f"checkpoint {path} is damaged and left out", file=sys.stderr)
-    require(
-        not paths, f"every checkpoint in {str(folder)!r} is damaged: start a new run"
-    )
+                    return torch.load(path, "cpu", weights_only=True), [path]
+        say(f"checkpoint {path} is damaged and left out", file=sys.stderr)
+    given = f"every checkpoint in {str(folder)!r} is damaged"
+    require(not paths, f"{given}: start a new run")
     return None, []
 
 
 def lock_folder(folder: Path) -> int:
     """Keep other runs out of the folder until this file is closed, or its process ends.
-
-    Raises InputError where another run keeps it. On Windows nothing is kept.
-    """
+    Raises InputError where another run keeps it. On Windows nothing is kept."""
     lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
-    if fcntl is not None:
+    with suppress(ImportError):
+        import fcntl
+
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1263,13 +1135,13 @@ def lock_folder(folder: Path) -> int:
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is no longer as it was, in words."""
-    return [
-        f"{name.removeprefix('hash of ')} changed"
-        if name.startswith("hash of ")
-        else f"{name} was {value!r} and is {now.get(name)!r}"
-        for name, value in was.items()
-        if value != now.get(name)
-    ]
+    words = []
+    for name, value in was.items():
+        if value != now.get(name):
+            short = name.removeprefix("hash of ")
+            change = f"was {value!r} and is {now.get(name)!r}"
+            words.append(f"{short} {change if short == name else 'changed'}")
+    return words
 
 
 def digest(path: Path) -> str:
@@ -1288,12 +1160,10 @@ def slices(count: int, size: int | None) -> list[slice]:
 
 
 def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
-    """The places of a buffer's samples in random order, train_batch_size at a time.
-
-    With each minibatch comes its share in the buffer. Both are counted over all ranks; every
-    rank has as many minibatches, if need be empty ones. Within a minibatch samples stand
-    by length, so that micro-batches need little padding.
-    """
+    """The places of a buffer's samples in random order, train_batch_size at a time, and each
+    minibatch's share in the buffer. Both are counted over all ranks; every rank has as many
+    minibatches, if need be empty ones. Within one, samples stand by length, so that
+    micro-batches need little padding."""
     order = torch.randperm(len(samples)).tolist()
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
@@ -1359,7 +1229,7 @@ def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str,
         metrics[f"completion_tokens/agent_{agent}"] = np.mean(lengths)
         metrics[f"ended/agent_{agent}"] = np.mean([s.ended[agent] for s in samples])
     if task.metrics_callback is not None:
-        with naming(f"task {task.name!r}: metrics_callback"):
+        with attempting(f"task {task.name!r}: metrics_callback", of_user=True):
             own = task.metrics_callback(samples)
             metrics |= {key: float(value) for key, value in own.items()}
     return {f"{prefix}/{key}": float(value) for key, value in metrics.items()}
@@ -1424,10 +1294,8 @@ def draw_curves(folder: Path) -> None:
 
 
 class Run:
-    """A run's folder, progress, checkpoints and loggers; a context manager.
-
-    All ranks count alike, for each is told what the others did; the one at 0 writes.
-    """
+    """A run's folder, progress, checkpoints and loggers; a context manager. All ranks count
+    alike, for each is told what the others did; the one at 0 writes."""
 
     FILES = ("metrics.jsonl", "samples.jsonl")
     STATE = (  # in a checkpoint, beside the learners and the ranks' own states
@@ -1435,9 +1303,7 @@ class Run:
         "pending", "train_seconds", "elapsed",
     )  # fmt: skip
 
-    def __init__(
-        self, args: Any, task: Task, script: str, learners: list[Learner]
-    ) -> None:
+    def __init__(self, args: Any, task: Task, script: str, learners: list[Learner]):
         self.joined = join_ranks()
         self.args, self.task, self.script = args, task, script
         self.learners = {learner.name: learner for learner in learners}
@@ -1445,24 +1311,21 @@ class Run:
         self.total_items = epochs * len(task.train_dataset)
         self.items = self.items_before = self.updates = self.samples = 0
         self.evaluated_items = -1  # as of the last evaluation
-        self.order: list[int] = []  # of this epoch's items
-        self.taken = 0  # of them by this rank
-        self.pending: list[dict[str, float]] = []  # metrics since the last line
+        self.order, self.taken = [], 0  # this epoch's items; how many this rank took
+        self.pending: dict[str, list[float]] = {}  # metrics since the last line
         self.seconds: Counter[str] = Counter()  # by phase, since the last line
         self.train_seconds = self.elapsed = 0.0
         self.shown: list[Sample] = []
-        self.tensorboard = self.wandb = None
+        self.tensorboard = self.wandb = self.lock = None
         self.checkpoints: list[Path] = []  # that are whole, oldest first
-        self.lock: int | None = None
         self.stop = 0  # the signal that asked for it
         if rank() > 0:
             seed_everything(args.seed + 100_003 * rank())
         self.random = random_states()
         identity = self.identity()
-        require(
-            all(identity == other for other in gather(identity)),
-            f"task {task.name!r} has other items in every process: draw them from a seed",
-        )
+        same = all(identity == other for other in gather(identity))
+        differ = "has other items in every process: draw them from a seed"
+        require(same, f"task {task.name!r} {differ}")
         folder = args.resume or (self.make_folder() if rank() == 0 else None)
         self.folder = Path(gather(folder)[0])
         sizes = self.restore(identity) if args.resume else {}
@@ -1481,8 +1344,7 @@ class Run:
 
     def make_folder(self) -> str:
         """A new folder, called after the run and the time."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args = self.args
+        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.exp_name or self.script}__{self.task.name}__{args.seed}__{stamp}"
         folder = Path(args.output_dir) / name
         with attempting(f"run folder {str(folder)!r} cannot be made"):
@@ -1499,50 +1361,44 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
-        flags = plain_args(self.args)
-        file, items = Path(flags["task"]), hashlib.sha256()
+        flags, items = plain_args(self.args), hashlib.sha256()
+        file, dataset = Path(flags["task"]), self.task.train_dataset
         if file.is_file():  # it may have moved: its name and contents count
             del flags["task"]
         with attempting(f"the items of task {self.task.name!r} cannot be hashed"):
-            for k in range(len(self.task.train_dataset)):
-                item = self.task.train_dataset[k]  # odd objects count by their type
-                line = json.dumps(item, default=lambda x: str(type(x)), skipkeys=True)
-                items.update(line.encode())
+            options = {"default": lambda x: str(type(x)), "skipkeys": True}
+            for k in range(len(dataset)):  # odd objects count by their type
+                items.update(json.dumps(dataset[k], **options).encode())
         flags = {name: flags[name] for name in flags if name not in FREE_FLAGS}
         return flags | {
             "script": self.script,
             "number of ranks": ranks(),
             "task's name": self.task.name,
-            "number of train items": len(self.task.train_dataset),
+            "number of train items": len(dataset),
             "hash of the train items": items.hexdigest()[:16],
             "hash of the task file": digest(file) if file.is_file() else None,
         }
 
     def restore(self, identity: dict[str, Any]) -> dict[str, int]:
-        """Take a run up where its newest checkpoint left it; returns its files' sizes then.
-
-        One that was killed before its first checkpoint begins anew. Raises InputError where
-        this run differs from that one, or its files do not fit.
-        """
-        where = repr(str(self.folder))
-        with attempting(f"{where} cannot be resumed"):
-            path = self.folder / "checkpoint" / "identity.json"
-            differences = differing(json.loads(path.read_text()), identity)
+        """Take a run up where its newest checkpoint left it; returns its files' sizes then. One
+        that was killed before its first checkpoint begins anew. Raises InputError where this
+        run differs from that one, or its files do not fit."""
+        where, folder = repr(str(self.folder)), self.folder / "checkpoint"
+        failure = f"{where} cannot be resumed"
+        with attempting(failure):
+            was = json.loads((folder / "identity.json").read_text())
+            differences = ", ".join(differing(was, identity))
             flags = json.loads((self.folder / "args.json").read_text())
-        sentence = f"{where} cannot be resumed: {', '.join(differences)}"
-        require(not differences, sentence)
-        for difference in (
-            differing(flags, plain_args(self.args)) if rank() == 0 else ()
-        ):
-            print(f"resumed with another flag: {difference}")
-        state, self.checkpoints = read_checkpoint(path.parent)
+        require(not differences, f"{failure}: {differences}")
+        for difference in differing(flags, plain_args(self.args)):
+            say(f"resumed with another flag: {difference}")
+        state, self.checkpoints = read_checkpoint(folder)
         if state is None:
             finished = (self.folder / next(iter(self.learners))).exists()
             require(not finished, f"{where} is finished and has no checkpoint")
-            if rank() == 0:
-                print(f"{where} has no checkpoint yet and begins anew")
+            say(f"{where} has no checkpoint yet and begins anew")
             return {}
-        with attempting(f"{where} cannot be resumed"):
+        with attempting(failure):
             for name, size in state["sizes"].items():
                 found = (self.folder / name).stat().st_size
                 require(found >= size, f"{name} is shorter than when {where} was saved")
@@ -1551,13 +1407,12 @@ class Run:
                     stateful.load_state_dict(state["learners"][name][part])
         vars(self).update(state["run"])
         self.taken, self.random = state["ranks"][rank()]
-        require(
-            self.items <= self.total_items,
-            f"{where} has played {self.items} items, and num_train_epochs"
-            f" {self.args.num_train_epochs} has only {self.total_items}",
-        )
-        if rank() == 0 and self.items == self.total_items:
-            print(f"{where} is finished: a larger num_train_epochs goes on")
+        epochs, total = self.args.num_train_epochs, self.total_items
+        played = f"{where} has played {self.items} items"
+        few = f"num_train_epochs {epochs} has only {total}"
+        require(self.items <= total, f"{played}, and {few}")
+        if self.items == total:
+            say(f"{where} is finished: a larger num_train_epochs goes on")
         return state["sizes"]
 
     def save_checkpoint(self) -> None:
@@ -1571,15 +1426,13 @@ class Run:
                         os.fsync(file.fileno())
                         sizes[name] = file.tell()
                 self.elapsed = time.perf_counter() - self.start
-                state = {"ranks": everyone, "sizes": sizes}
+                state = {"ranks": everyone, "sizes": sizes, "learners": {}}
                 state["run"] = {name: getattr(self, name) for name in self.STATE}
-                state["learners"] = {
-                    name: {k: part.state_dict() for k, part in learner.parts().items()}
-                    for name, learner in self.learners.items()
-                }
-                self.checkpoints = write_checkpoint(
-                    folder, self.updates, state, self.checkpoints
-                )
+                for name, learner in self.learners.items():
+                    parts = learner.parts().items()
+                    state["learners"][name] = {k: v.state_dict() for k, v in parts}
+                whole = self.checkpoints
+                self.checkpoints = write_checkpoint(folder, self.updates, state, whole)
         gather(None)  # no rank goes on, or ends, before the checkpoint is there
 
     def __enter__(self) -> Self:
@@ -1597,11 +1450,9 @@ class Run:
             options |= json_object(self.args.wandb_config, "wandb_config")
             self.wandb = wandb.init(**options)
         quiet = self.args.eval_only or not writes
-        self.bar = tqdm(
-            total=self.total_items, initial=self.items, unit="item", disable=quiet
-        )
-        self.handlers = {}
-        self.signals, self.over = None, threading.Event()
+        options = {"total": self.total_items, "initial": self.items, "disable": quiet}
+        self.bar = tqdm(unit="item", **options)
+        self.handlers, self.signals, self.over = {}, None, threading.Event()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
@@ -1615,23 +1466,23 @@ class Run:
         self.lap()  # what the loggers took to start is no training time
         return self
 
-    def __exit__(
-        self, kind: object, error: BaseException | None, trace: object
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object):
         self.bar.close()
         if self.tensorboard is not None:
             with suppress(OSError):
                 self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error is not None))
-        if isinstance(error, InputError):
+        refused = isinstance(error, InputError)
+        if refused:
             place = f", rank {rank()}" if ranks() > 1 else ""
             error.args = (f"{error} (after update {self.updates}{place})",)
-        if rank() == 0 and error is None:
-            print("", *map(side_by_side, self.shown), sep="\n\n", end="\n\n")
-            print(f"run folder: {self.folder}")
-        elif rank() == 0 and self.checkpoints and not isinstance(error, InputError):
-            print(f"go on with: {self.resume_command()}")
+        if error is None:
+            for sample in self.shown:
+                say(f"\n{side_by_side(sample)}")
+            say(f"run folder: {self.folder}")
+        elif self.checkpoints and not refused:
+            say(f"go on with: {self.resume_command()}")
         if self.joined and (error is None or isinstance(error, SystemExit)):
             dist.destroy_process_group()
         if self.lock is not None:
@@ -1645,10 +1496,8 @@ class Run:
             self.reader.join()  # a thread that outlives Python's end aborts the process
 
     def end_in_time(self) -> None:
-        """End a rank that a signal finds waiting for a dead one, where no handler can run.
-
-        Five seconds before torchrun would kill it; other ranks have as long to save.
-        """
+        """End a rank that a signal finds waiting for a dead one, where no handler can run, five
+        seconds before torchrun would kill it; other ranks have as long to save."""
         number = os.read(self.signals[0], 1)  # empty once the run is over
         grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
         if number and not self.over.wait(grace):
@@ -1666,10 +1515,9 @@ class Run:
         """How to start the script again so that it goes on."""
         if Path(sys.argv[0]).stem != self.script:
             return f"train(replace(args, resume={str(self.folder)!r}), task)"
-        start = "python"
-        if ranks() > 1:  # --nnodes and its like are as before
-            here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
-            start = f"torchrun --nproc-per-node {here}"
+        here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
+        # --nnodes and its like are as before
+        start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
         return f"{start} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
 
     def epochs(self) -> Iterator[Iterator[dict]]:
@@ -1694,43 +1542,38 @@ class Run:
 
     def log_update(self, samples: list[Sample], losses: dict[str, float]) -> None:
         """Count an update's samples, write a line every logging_steps items, save if due."""
-        generations = self.args.num_generations
+        generations, interval = self.args.num_generations, self.args.save_interval
         self.taken += sum(sample.done for sample in samples) // generations
-        samples = [sample for share in gather(samples) for sample in share]
+        samples = list(chain(*gather(samples)))
         episodes = sum(sample.done for sample in samples)
         self.items_before = self.items
         self.items += episodes // generations
         self.samples += len(samples)
         self.updates += 1
         metrics = rollout_metrics(self.task, samples, "rollout")
-        self.pending.append({**metrics, **losses})
+        for name, value in (metrics | losses).items():
+            self.pending.setdefault(name, []).append(value)
         self.log_samples(samples, "train")
         lap = self.lap()
         self.seconds.update(lap)
         self.train_seconds += lap.total()
-        rate = self.samples / self.train_seconds
+        rate, total = self.samples / self.train_seconds, self.seconds.total()
         if self.crossed(self.args.logging_steps):
-            keys = dict.fromkeys(key for metrics in self.pending for key in metrics)
-            means = {
-                k: float(np.mean([m[k] for m in self.pending if k in m])) for k in keys
-            }
-            all_seconds = self.seconds.total()
-            shares = {k: s / all_seconds for k, s in self.seconds.items()}
-            times = {f"time/{phase}_share": share for phase, share in shares.items()}
-            self.write(means | times | {"time/samples_per_second": rate})
-            self.pending = []
-            self.seconds.clear()
+            means = {name: float(np.mean(v)) for name, v in self.pending.items()}
+            for phase, seconds in self.seconds.items():
+                means[f"time/{phase}_share"] = seconds / total
+            self.write(means | {"time/samples_per_second": rate})
+            self.pending, self.seconds = {}, Counter()
         self.bar.update(self.items - self.items_before)
         reward = sum(sample.reward for sample in samples) / episodes
-        self.bar.set_postfix_str(
-            f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
-        )
-        interval, more = self.args.save_interval, self.items < self.total_items
+        shown = f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
+        self.bar.set_postfix_str(shown)
+        more = self.items < self.total_items
         self.pause(interval > 0 and more and self.updates % interval == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
-        samples = [sample for share in gather(samples) for sample in share]
+        samples = list(chain(*gather(samples)))
         self.evaluated_items = self.items
         if samples:
             with fresh_randomness(self.args.seed):
@@ -1814,29 +1657,23 @@ class Run:
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append a line of JSON to a file of the run folder."""
-        if rank() == 0:
-            path = self.folder / name
-            with (
-                attempting(f"{str(path)!r} cannot be written"),
-                open(path, "a") as file,
-            ):
-                file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
+        path = self.folder / name
+        with attempting(f"{str(path)!r} cannot be written"):
+            if rank() == 0:
+                with open(path, "a") as file:
+                    file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
 
     def save(self) -> None:
-        """Write each model as a Hugging Face folder, a value head as value_head.pt in it.
-
-        And curves.png.
-        """
+        """Write each model as a Hugging Face folder, a value head as value_head.pt in it, and
+        curves.png."""
         writes = rank() == 0 and not self.args.eval_only
         for name, learner in self.learners.items() if writes else ():
-            folder = self.folder / name
+            folder, head = self.folder / name, learner.value_head
             with attempting(f"{str(folder)!r} cannot be written"):
                 learner.model.save_pretrained(folder)
                 learner.tokenizer.save_pretrained(folder)
-                if learner.value_head is not None:
-                    torch.save(
-                        learner.value_head.state_dict(), folder / "value_head.pt"
-                    )
-        if rank() == 0:
-            with attempting(f"curves.png cannot be written to {str(self.folder)!r}"):
+                if head is not None:
+                    torch.save(head.state_dict(), folder / "value_head.pt")
+        with attempting(f"curves.png cannot be written to {str(self.folder)!r}"):
+            if rank() == 0:
                 draw_curves(self.folder)

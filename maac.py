@@ -39,6 +39,7 @@ import common
 from common import Learner, Sample, Task
 
 Ids = list[list[int]]  # B texts as token ids
+Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
 
 
@@ -109,21 +110,18 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
 
 
-def adam(learner: Learner, learning_rate: float, head_rate: float) -> torch.optim.Adam:
-    """The optimizer of a model and of its value head, if it has one."""
+def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
+    """The optimizer of a model, and of its value head, which learns at the critic's rate."""
     groups = [{"params": list(learner.model.parameters()), "lr": learning_rate}]
     if learner.value_head is not None:
-        groups += [{"params": list(learner.value_head.parameters()), "lr": head_rate}]
+        head = list(learner.value_head.parameters())
+        groups += [{"params": head, "lr": args.critic_learning_rate}]
     return torch.optim.Adam(groups, fused=True)
 
 
-def pad_batch(
-    learner: Learner, prompts: Ids, completions: Ids | None = None
-) -> tuple[dict[str, Tensor], int]:
+def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
     """Left-pad the prompts and right-pad the completions: the model's inputs (B, L), and P.
-
-    Positions count from each sample's first token, not from the padding.
-    """
+    Positions count from each sample's first token, not from the padding."""
     pad_id, device = learner.tokenizer.pad_token_id, learner.model.device
     completions = completions or [[]] * len(prompts)
     width, more = max(map(len, prompts)), max(map(len, completions))
@@ -132,12 +130,9 @@ def pad_batch(
         left, right = width - len(prompt), more - len(completion)
         rows.append([pad_id] * left + prompt + completion + [pad_id] * right)
         masks.append([0] * left + [1] * len(prompt + completion) + [0] * right)
-    mask = torch.tensor(masks, device=device)
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }, width
+    ids, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}, width
 
 
 # ------------------------------------------------------------------- generation
@@ -145,10 +140,8 @@ def pad_batch(
 
 def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     """Temperature, then top-k, then top-p: the same for sampling and for (1).
-
     Logits (..., V) -> float32 scores (..., V), -inf where cut. The tokens `keep` (...) are
-    never cut, so that no rounding makes a sampled token impossible.
-    """
+    never cut, so that no rounding makes a sampled token impossible."""
     scores = logits.float() / args.temperature
     if args.top_k is None and args.top_p == 1:
         return scores
@@ -168,10 +161,8 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
 @common.timed("generation")
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
-    """Sample a completion for each prompt, all in one batch.
-
-    It goes up to its first end-of-sequence token, inclusive, or to max_new_tokens.
-    """
+    """Sample a completion for each prompt, all in one batch. It goes up to its first
+    end-of-sequence token, inclusive, or to max_new_tokens."""
     inputs, _ = pad_batch(actor, prompts)
     end_ids = torch.tensor(actor.end_ids, device=actor.model.device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
@@ -186,14 +177,9 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
         ended |= torch.isin(tokens[:, 0], end_ids)
         if ended.all():
             break
-        cache = output.past_key_values
-        inputs = {
-            "input_ids": tokens,
-            "attention_mask": nn.functional.pad(
-                inputs["attention_mask"], (0, 1), value=1
-            ),
-            "position_ids": inputs["position_ids"][:, -1:] + 1,
-        }
+        cache, places = output.past_key_values, inputs["position_ids"][:, -1:] + 1
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
     rows = torch.cat(sampled, dim=1).tolist()
     ends = [[token in actor.end_ids for token in row] + [True] for row in rows]
     return [row[: end.index(True) + 1] for row, end in zip(rows, ends, strict=True)]
@@ -236,10 +222,8 @@ def sequence_logprobs(
 def collect(
     actors: list[Learner], task: Task, items: list[dict], generations: int, args: Args
 ) -> list[Sample]:
-    """Play `generations` episodes of each item, all of them side by side.
-
-    Returns the samples, episode after episode, turn after turn.
-    """
+    """Play `generations` episodes of each item, all of them side by side. Returns the
+    samples, episode after episode, turn after turn."""
     samples: list[Sample] = []
     live = common.first_turn(task, items, generations, args)
     while live:
@@ -260,9 +244,7 @@ def fill_buffer(
     actors: list[Learner], task: Task, items: Iterator[dict], args: Args
 ) -> list[Sample]:
     """This rank's share of rollout_buffer_size, in whole episodes, while it has items.
-
-    Plays as many items at once as the buffer is sure to need.
-    """
+    Plays as many items at once as the buffer is sure to need."""
     samples: list[Sample] = []
     size = math.ceil(args.rollout_buffer_size / common.ranks())
     while (missing := size - len(samples)) > 0:
@@ -298,9 +280,8 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
     values = [torch.zeros(0)]
-    for part in common.slices(
-        len(texts), args.micro_batch_size or args.train_batch_size
-    ):
+    size = args.micro_batch_size or args.train_batch_size
+    for part in common.slices(len(texts), size):
         values.append(critic_values(critic, texts[part], args).cpu())
     common.check_finite(critic, "value", torch.cat(values), texts)
     return torch.cat(values)
@@ -322,9 +303,8 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
         centred = weights.double() - everyones.mean()  # equal ones become exactly 0
         weights = (centred / (everyones.std() + 1e-8)).float()
     elif args.advantage_normalization:
-        warnings.warn(
-            "a buffer of one sample has no advantages to whiten", stacklevel=2
-        )
+        message = "a buffer of one sample has no advantages to whiten"
+        warnings.warn(message, stacklevel=2)
     return weights
 
 
@@ -333,10 +313,8 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 
 def optimizer_step(learner: Learner, texts: Ids, args: Args) -> float:
     """Clip the gradient, which came from `texts`, step; returns its norm before clipping."""
-    parameters = [
-        p for group in learner.optimizer.param_groups for p in group["params"]
-    ]
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    limit = args.max_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
     what = f"gradient (of {len(texts)} texts, the first named)"
     common.check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
     learner.optimizer.step()
@@ -373,9 +351,8 @@ def update_actor(
     count, tokens = common.total(len(prompts), sum(map(len, completions)))
     sums = {"policy_loss": 0.0, "entropy": 0.0}
     for part in common.slices(len(prompts), args.micro_batch_size):
-        logprobs, entropies = sequence_logprobs(
-            actor, prompts[part], completions[part], args
-        )
+        texts = prompts[part], completions[part]
+        logprobs, entropies = sequence_logprobs(actor, *texts, args)
         losses = -logprobs * weights[part].to(logprobs.device)  # (B,)
         common.check_finite(actor, "policy loss", losses, prompts[part])
         loss = losses.sum() / count
@@ -393,13 +370,14 @@ def update(
 ) -> dict[str, float]:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
     metrics: dict[str, float] = defaultdict(float)
+    batches = common.minibatches(samples, args)
     (critic,) = critics  # it takes one step per minibatch, for however many agents
     texts = critic_texts(critic, samples, args)
     values = estimate_values(critic, texts, args)
     targets = td_targets(samples, values, args)
     weights = advantages(targets, values, args)
     metrics |= common.diagnostics(critic, samples, values, targets, args)
-    for batch, share in common.minibatches(samples, args):
+    for batch, share in batches:
         inputs = [texts[k] for k in batch]
         losses = update_critic(critic, inputs, targets[batch], args)
         chosen = [samples[k] for k in batch]
@@ -427,9 +405,7 @@ def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
 
 def train(args: Args, task: Task | None = None) -> Path:
     """Train a team on `task`, or on the one that args names; returns the run folder.
-
-    Raises InputError where the arguments or the task cannot be used.
-    """
+    Raises InputError where the arguments or the task cannot be used."""
     common.check_args(args)
     actor_names = common.model_names(args)
     critic_names = common.critic_names(args, actor_names[:1])
@@ -439,12 +415,10 @@ def train(args: Args, task: Task | None = None) -> Path:
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
     critics = common.load_learners("critic", AutoModel, critic_names, args)
     for actor in actors:
-        actor.optimizer = adam(
-            actor, args.agent_learning_rate, args.critic_learning_rate
-        )
+        actor.optimizer = adam(actor, args.agent_learning_rate, args)
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
-        critic.optimizer = adam(critic, *[args.critic_learning_rate] * 2)
+        critic.optimizer = adam(critic, args.critic_learning_rate, args)
     common.restore_heads(critics, args)
     for first in common.first_samples(task, actors, args):
         critic_texts(critics[0], first, args)  # refuses what is too long to read

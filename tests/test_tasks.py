@@ -155,7 +155,7 @@ def test_a_transition_sees_the_history_and_its_prompts_pass_the_formatter():
 
 def test_task_files(tmp_path):
     path = tmp_path / "mine.py"
-    args = SimpleNamespace(**vars(TWO), task=str(path), seed=1)
+    args = SimpleNamespace(**vars(TWO), task=str(path), seed=1, train_file=None)
     path.write_text(
         "from common import Task\ntask = Task([{'prompt': 'x'}], lambda a, b: [0.0])\n"
     )
