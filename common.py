@@ -470,63 +470,47 @@ def length_ratio(args: Any) -> Task:
 
 
 def hidden_cards(args: Any) -> Task:
-    """Each agent is dealt a card, 0 to 9, that no other sees; a digit of its half is right.
-
-    The halves are 0 to 4 and 5 to 9. The agents answer at every turn, and read their marks.
+    """Each agent is dealt a card, 0 to 9, that no other sees, and answers it at every turn: a
+    digit of the card's half, 0 to 4 or 5 to 9, is right. It reads its marks so far.
 
     Nothing is paid before the last turn. Then the team gets the share of right answers, of all
     agents at all turns, and its luck: a third of the sum of (card - 4.5). Luck is no agent's
-    doing, but it decides most of the return: a critic that reads all the cards can take it out
-    of the advantage, one that reads its own agent's card only that agent's part.
+    doing, but decides most of the return: a critic that reads all the cards can take it out of
+    the advantage, one that reads its own agent's card only that agent's part.
     """
+    agents, turns = range(args.num_agents), args.num_turns
 
     def right(prompt: str, text: str) -> bool:
-        halves = ("01234", "56789")
-        return any(prompt[5] in half and text in list(half) for half in halves)
+        return text in tuple("01234" if prompt[5] in "01234" else "56789")
 
     def reward(*completions: list[str], prompts: list[list[str]]) -> list[float]:
         rewards = []
         for asked, texts in zip(zip(*prompts), zip(*completions), strict=True):
             marks = "".join(prompt.split("\n")[1] for prompt in asked)
-            turn = len(marks) // args.num_agents
             hits = marks.count("+") + sum(map(right, asked, texts))
-            luck = sum(int(prompt.split()[1]) - 4.5 for prompt in asked) / 3
-            last = turn + 1 == args.num_turns
-            rewards.append(
-                hits / (args.num_agents * args.num_turns) + luck if last else 0.0
-            )
+            luck = sum(int(prompt[5]) - 4.5 for prompt in asked) / 3
+            last = len(marks) == len(agents) * (turns - 1)
+            rewards.append(hits / (len(agents) * turns) + luck if last else 0.0)
         return rewards
 
-    def mark(
-        prompt_history_per_agent: list, response_history_per_agent: list, **_: Any
-    ) -> list[str]:
-        histories = zip(
-            prompt_history_per_agent, response_history_per_agent, strict=True
+    def mark(**history: Any) -> list[str]:
+        asked, texts = (
+            history[f"{x}_history_per_agent"] for x in ("prompt", "response")
         )
-        return [
-            "".join("-+"[right(*turn)] for turn in zip(*both)) for both in histories
-        ]
+        pairs = zip(asked, texts, strict=True)
+        return ["".join("-+"[right(*turn)] for turn in zip(*pair)) for pair in pairs]
 
-    def count_right(samples: list[Sample]) -> dict[str, float]:
-        answers = [
-            right(*pair) for s in samples for pair in zip(s.prompts, s.completions)
-        ]
+    def share(samples: list[Sample]) -> dict[str, float]:
+        answers = [right(*x) for s in samples for x in zip(s.prompts, s.completions)]
         return {"right": float(np.mean(answers))}
 
     def deal(agent: int) -> Callable[[dict], Prompt]:
         return lambda item: f"card {item['cards'][agent]}\n{item['prompt']}\n"
 
-    cards = [random.choices(range(10), k=args.num_agents) for _ in range(1000)]
-    items = [{"prompt": "", "cards": hand} for hand in cards]
-    agents = range(args.num_agents)
-    return Task(
-        items,
-        reward,
-        items[:100],
-        formatters=list(map(deal, agents)),
-        external_transition=mark,
-        metrics_callback=count_right,
-    )
+    hands = [random.choices(range(10), k=len(agents)) for _ in range(1000)]
+    items = [{"prompt": "", "cards": hand} for hand in hands]
+    formatters = [deal(agent) for agent in agents]
+    return Task(items, reward, items[:100], None, formatters, mark, share)
 
 
 STOP_WORDS = """a about after all also am an and any are as at be because been being but by can

@@ -56,6 +56,47 @@ def test_length_ratio_rewards_by_hand():
         common.length_ratio(SimpleNamespace(num_agents=1))
 
 
+def test_hidden_cards_by_hand():
+    """Cards 2 and 7; a right answer is a digit of the card's half; luck (2 + 7 - 9) / 3 = 0."""
+    task = common.hidden_cards(SimpleNamespace(num_agents=2, num_turns=2))
+    first, second = task.formatters
+    item = {"prompt": "", "cards": [2, 7]}
+    asked = [first(item), second(item)]
+    assert asked == ["card 2\n\n", "card 7\n\n"]
+    assert task.reward_func(["4"], ["5"], prompts=[[p] for p in asked]) == [0.0]
+    marks = task.external_transition(
+        prompt="",
+        agent_completions=["4", "3"],
+        num_agents=2,
+        prompt_history_per_agent=[[asked[0]], [asked[1]]],
+        response_history_per_agent=[["4"], ["3"]],
+    )
+    assert marks == ["+", "-"]
+    last = [first({**item, "prompt": "+"}), second({**item, "prompt": "-"})]
+    assert last == ["card 2\n+\n", "card 7\n-\n"]
+    firsts, seconds = ["0", "5", "", "01"], ["9", "9", "x", "4"]
+    rewards = task.reward_func(firsts, seconds, prompts=[[p] * 4 for p in last])
+    assert rewards == [3 / 4, 2 / 4, 1 / 4, 1 / 4]
+    high = [["card 9\n+\n"], ["card 9\n+\n"]]
+    assert task.reward_func(["9"], ["9"], prompts=high) == [1 + 3]
+    samples = [
+        SimpleNamespace(prompts=asked, completions=texts)
+        for texts in (["1", "1"], ["1", "8"])
+    ]
+    assert task.metrics_callback(samples) == {"right": 3 / 4}
+
+
+def test_the_luck_of_hidden_cards_has_the_predicted_variance():
+    """Of a uniform card: 8.25, of a third of it 8.25 / 9; the mean is 0."""
+    task = common.hidden_cards(SimpleNamespace(num_agents=3, num_turns=1))
+    luck = [
+        sum(card - 4.5 for card in item["cards"]) / 3 for item in task.train_dataset
+    ]
+    assert len(luck) == 1000 and abs(sum(luck) / 1000) < 0.2
+    variance = sum(x * x for x in luck) / 1000
+    assert variance == pytest.approx(3 * 8.25 / 9, rel=0.15)
+
+
 def test_a_reward_function_of_comlrl_runs_unchanged():
     task = common.Task([{"prompt": "x"}], lambda a, b: [float(len(b[0]) - len(a[0]))])
     one = common.Sample({"prompt": "x"}, 0, 0, ["x", "x"], completions=["a", "bcd"])
