@@ -1227,15 +1227,20 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in teams.items()} | metrics
 
 
-def side_by_side(sample: Sample) -> str:
-    """A joint sample to read: a column per agent with its prompt and its completion."""
-    columns, count = [], len(sample.prompts)
-    width = max(16, shutil.get_terminal_size((100, 24)).columns // count - 3)
+def dialogues(sample: Sample) -> list[str]:
+    """What each agent read and wrote."""
     pairs = zip(sample.prompts, sample.completions, strict=True)
-    for agent, (prompt, completion) in enumerate(pairs):
-        asked = render(prompt).rstrip()
-        lines = f"agent {agent}\n{asked}\n-> {completion}".splitlines()
-        columns.append([row for x in lines for row in textwrap.wrap(x, width) or [""]])
+    return [f"{render(prompt).rstrip()}\n-> {text}" for prompt, text in pairs]
+
+
+def side_by_side(sample: Sample) -> str:
+    """A joint sample to read, a column per agent."""
+    texts = dialogues(sample)
+    width = max(16, shutil.get_terminal_size((100, 24)).columns // len(texts) - 3)
+    columns = [[f"agent {agent}"] for agent in range(len(texts))]
+    for column, text in zip(columns, texts, strict=True):
+        for line in text.splitlines():
+            column += textwrap.wrap(line, width) or [""]
     rows = zip_longest(*columns, fillvalue="")
     table = [" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
     return "\n".join([*table, f"reward {sample.reward:.3f}"])
@@ -1259,20 +1264,18 @@ def draw_curves(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    keys = dict.fromkeys(key for line in lines for key in line)
     figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, (title, pattern) in zip(
-        figure.subplots(2, 3).flat, PANELS.items(), strict=True
-    ):
-        keys = dict.fromkeys(key for line in lines for key in line)
+    panels = zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True)
+    for axes, (title, pattern) in panels:
         for key in filter(re.compile(pattern).fullmatch, keys):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes.plot(*zip(*points, strict=True), ".-", markersize=3, label=key)
         if axes.lines:
             axes.legend(fontsize="small")
+        if title.startswith("explained"):  # far below 0 where returns hardly vary
+            axes.set_ylim(bottom=max(-1.0, axes.get_ylim()[0]))
         axes.set(title=title, xlabel="items")
-        axes.set_ylim(
-            bottom=max(axes.get_ylim()[0], -1.0) if "variance" in title else None
-        )
     figure.savefig(folder / "curves.png", dpi=100)
     print(f"curves: {folder / 'curves.png'}")
 
@@ -1464,7 +1467,7 @@ class Run:
         if error is None:
             for sample in self.shown:
                 say(f"\n{side_by_side(sample)}")
-            say(f"run folder: {self.folder}")
+            say(f"\nrun folder: {self.folder}")
         elif self.checkpoints and not refused:
             say(f"go on with: {self.resume_command()}")
         if self.joined and (error is None or isinstance(error, SystemExit)):
@@ -1603,28 +1606,14 @@ class Run:
         """Give the loggers the evaluation's samples that the run prints at its end."""
         if self.tensorboard is not None:
             text = "\n\n".join(map(side_by_side, self.shown))
-            text = "".join(
-                f"    {line}\n" for line in text.splitlines()
-            )  # as it stands
+            text = textwrap.indent(text, "    ", lambda line: True)  # as it stands
             self.tensorboard.add_text("eval/samples", text, self.items)
         if self.wandb is not None:
             from wandb import Table
 
-            heads = [
-                f"{what} {k}"
-                for k in range(self.args.num_agents)
-                for what in ("prompt", "completion")
-            ]
-            rows = [
-                [
-                    text
-                    for pair in zip(map(render, s.prompts), s.completions)
-                    for text in pair
-                ]
-                + [s.reward]
-                for s in self.shown
-            ]
-            table = Table(columns=[*heads, "reward"], data=rows)
+            agents = [f"agent {agent}" for agent in range(self.args.num_agents)]
+            rows = [[*dialogues(sample), sample.reward] for sample in self.shown]
+            table = Table(columns=[*agents, "reward"], data=rows)
             self.wandb.log({"eval/samples": table}, step=self.items)
 
     def write(self, metrics: dict[str, float]) -> None:

@@ -133,11 +133,11 @@ def test_weights_and_biases_gets_the_metrics_and_the_samples(tmp_path, monkeypat
     assert [step for step, _ in tables] == [0, 16]
     written = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     last = [s for s in written if s["phase"] == "eval" and s["step"] == 16]
-    heads = ["prompt 0", "completion 0", "prompt 1", "completion 1", "reward"]
-    assert tables[1][1]["columns"] == heads and len(tables[1][1]["data"]) == 3
+    assert tables[1][1]["columns"] == ["agent 0", "agent 1", "reward"]
+    assert len(tables[1][1]["data"]) == 3
     for row, one in zip(tables[1][1]["data"], last, strict=False):
-        assert row[::2] == [*one["prompts"], one["reward"]]
-        assert row[1::2] == one["completions"]
+        pairs = zip(one["prompts"], one["completions"], strict=True)
+        assert row == [*(f"{p.strip()}\n-> {c}" for p, c in pairs), one["reward"]]
 
 
 @needs("tensorboard")

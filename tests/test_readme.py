@@ -15,6 +15,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+INLINE = re.findall(r"`((?:python|pip|torchrun|git|diff) [^`\n]+)`", README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SMALL = shlex.split(
     "--num-train-epochs 1 --eval-num-samples 4 --eval-batch-size 4 --log-samples 1"
@@ -47,6 +48,123 @@ def test_there_are_commands():
     assert all(command.startswith(known) for command in COMMANDS)
 
 
+# What runs each command that the README names: a test below or elsewhere, or .ci/run.
+RUN_BY = {
+    r"python (maac|iac_separate|iac_shared)\.py (?!--help).*": "test_command",
+    r"torchrun --nproc-per-node 2 iac_shared\.py": "test_command",
+    r"torchrun --nproc-per-node 2 iac_shared\.py --resume \.\.\.": "test_ranks.py",
+    r"torchrun --nnodes 2 \.\.\.": "test_ranks.py",
+    r"python iac_separate\.py --help": "test_the_help_shows_every_flag",
+    r"python tests/benchmarks/learning\.py.*": "test_the_learning_benchmark",
+    r"python tests/benchmarks/speed\.py.*": "test_the_speed_benchmark",
+    r"python tests/benchmarks/survival\.py.*": "test_the_survival_benchmark",
+    r"python tests/benchmarks/mutants\.py": "test_the_mutants_benchmark",
+    r"diff iac_separate\.py maac\.py": "test_the_differences_are_as_many_as_it_says",
+    r"git apply (-R|tests/exercises/gae\.patch)": "test_exercises.py",
+    r"python -m pytest tests -k test_07": "test_the_pitfalls_are_those_of_the_tests",
+    r"python -m pytest tests": ".ci/run",
+    r"python tests/smollm2\.py .*": ".ci/run",
+    r"pip install (-r requirements\.txt|matplotlib|pytest matplotlib|datasets)": ".ci/run",
+    r"python -m venv .venv": ".ci/run",
+}
+
+
+def test_no_command_is_left_out():
+    """Whoever writes a command into the README must say here what runs it."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for command in COMMANDS + INLINE:
+        found = [by for pattern, by in RUN_BY.items() if re.fullmatch(pattern, command)]
+        assert found, f"no test runs {command!r}"
+        for by in found:
+            path = ROOT / (by if by == ".ci/run" else f"tests/{by}")
+            assert f"def {by}(" in tests or path.is_file()
+    for pattern in RUN_BY:
+        assert any(re.fullmatch(pattern, c) for c in COMMANDS + INLINE), pattern
+
+
+def test_the_help_shows_every_flag():
+    from dataclasses import fields
+
+    import iac_separate
+
+    assert "python iac_separate.py --help" in INLINE
+    words = [sys.executable, "iac_separate.py", "--help"]
+    out = re.sub(r"\s+", " ", run(words, ROOT))
+    for field in fields(iac_separate.Args):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+def test_the_differences_are_as_many_as_it_says():
+    """Changed lines of each pair, and every function that differs stands in the table."""
+    import inspect
+
+    import iac_separate
+    import iac_shared
+    import maac
+
+    claimed = re.search(
+        r"nothing else: (\d+) changed.*? by (\d+), .*? by (\d+)", README
+    )
+    pairs = (iac_separate, maac), (iac_shared, iac_separate), (iac_shared, maac)
+    section = README.split("## How two scripts differ")[1].split("\n## ")[0]
+    for (one, other), count in zip(pairs, claimed.groups(), strict=True):
+        files = [str(ROOT / f"{module.__name__}.py") for module in (one, other)]
+        done = subprocess.run(
+            ["diff", *files], check=False, capture_output=True, text=True
+        )
+        assert sum(x[:1] in ("<", ">") for x in done.stdout.splitlines()) == int(count)
+        for name in vars(one).keys() | vars(other).keys():
+            pair = [getattr(module, name, None) for module in (one, other)]
+            if all(inspect.isfunction(f) or inspect.isclass(f) for f in pair if f):
+                sources = {f and inspect.getsource(f) for f in pair}
+                assert len(sources) == 1 or f"`{name}`" in section, name
+
+
+def test_each_equation_stands_in_the_function_that_it_names():
+    """The number in a comment, a docstring, or both, of the functions beside it."""
+    import inspect
+
+    import iac_separate
+    import iac_shared
+    import maac
+
+    rows = re.findall(r"^\| \((\d)\) \| .* \| (.+) \|$", README, re.MULTILINE)
+    assert [number for number, _ in rows] == ["1", "2", "3", "4", "5"]
+    for number, cell in rows:
+        for module in (maac, iac_separate, iac_shared):
+            names = [n for n in re.findall(r"`(\w+)`", cell) if hasattr(module, n)]
+            sources = [inspect.getsource(getattr(module, name)) for name in names]
+            assert any(f"({number})" in source for source in sources), (number, names)
+
+
+def test_the_pitfalls_are_those_of_the_tests():
+    """21 of them, each with tests that there are, which the command for one of them finds."""
+    rows = re.findall(r"^\| (\d+) \| .* \| (`test_.*`) \|$", README, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 22))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for number, cell in rows:
+        for name in re.findall(r"`(\w+)`", cell):
+            assert name.startswith(f"test_{int(number):02}") and f"def {name}(" in tests
+    command = "python -m pytest tests -k test_07"
+    assert command in INLINE
+    words = [sys.executable, *command.split()[1:], "--collect-only", "-q"]
+    assert "test_07_one_critic_step_per_minibatch" in run(words, ROOT)
+
+
+def test_the_exercises_are_as_long_as_it_says():
+    from test_exercises import PATCHES, changed_lines
+
+    rows = re.findall(r"\(`(\w+)\.patch`\) \| .* \| (\d+) \|", README)
+    assert {name: int(lines) for name, lines in rows} == {
+        name: changed_lines(name) for name in PATCHES
+    }
+
+
+def test_the_pictures_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_requirements_are_those_of_this_environment():
     """pip finds nothing missing, and torch stays below the release that is not tested."""
     import torch
@@ -57,7 +175,10 @@ def test_the_requirements_are_those_of_this_environment():
 
 
 SCRIPT_COMMANDS = [
-    c for c in COMMANDS if re.match(r"(python|torchrun .*) (maac|iac_\w+)\.py", c)
+    c
+    for c in COMMANDS + INLINE
+    if re.match(r"(python|torchrun .*) (maac|iac_\w+)\.py", c)
+    and not c.endswith(("...", "--help"))
 ]
 
 
@@ -74,7 +195,12 @@ def test_command(command, project, request):
             "    task = length_ratio(args)\n    task.train_dataset = task.train_dataset[:16]\n"
             "    return task\n"
         )
-        words[words.index("--task") + 1] = "small.py"
+        if "length_ratio" in words:
+            words[words.index("--task") + 1] = "small.py"
+        else:
+            posts = (project / "tests" / "posts.jsonl").read_text().splitlines()[:17]
+            (project / "few.jsonl").write_text("\n".join(posts))
+            words[words.index("--train-file") + 1] = "few.jsonl"
         words += ["--save-interval", "0"]  # gigabytes
     if any("runs/RUN" in word for word in words):
         name = f"first{COMMANDS.index(command)}"
@@ -143,7 +269,7 @@ def test_the_learning_benchmark(command, project, request):
         "1",
     ]
     small = f"{' '.join(SMALL)} --rollout-buffer-size 500"
-    if "length_ratio" in command:
+    if "length_ratio" in command or "tldr" in command:
         words += ["--model", request.getfixturevalue("smollm2")]
         small = f"{' '.join(SMALL)} --rollout-buffer-size 32 --max-new-tokens 4"
     assert "| iac_shared | 1 |" in run([*words, f"--flags={small}"], project)
