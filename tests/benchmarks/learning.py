@@ -10,9 +10,9 @@ mean and standard deviation over the seeds) and OUTPUT/<task>.png (curves: mean,
 one standard deviation). `--reference` adds the trainers of CoMLRL on the same game, with the same
 tiny models, tokenizer and hyper-parameters; it has no entropy bonus, as our task without_bonus.
 
-Reward is the mean in the last tenth of training. The samples to the threshold are the joint
-samples until the mean of the last 600 reaches it; a run that never does counts with its
-whole length.
+Reward is the mean in the last tenth of training. The samples to the threshold are the episodes
+(with one turn, joint samples) until the mean of the last 600 reaches it; a run that never does
+counts with its whole length.
 """
 
 import csv
@@ -80,7 +80,7 @@ SETTINGS = {
         0.8 * 2.98,
     ),
 }
-WINDOW = 600  # joint samples
+WINDOW = 600  # episodes
 EXPLAINED, SPREAD = "critic/explained_variance", "critic/advantage_std"
 
 
@@ -300,7 +300,7 @@ def draw(task: str, results: list[dict], path: Path) -> None:
             axes.fill_between(
                 grid, mean - spread, mean + spread, alpha=0.2, color=color
             )
-        axes.set(title=f"{task}: {title}", xlabel="joint samples of a turn")
+        axes.set(title=f"{task}: {title}", xlabel="episodes")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=80)
 
