@@ -42,6 +42,15 @@ def smollm2() -> str:
     return folder
 
 
+@pytest.fixture
+def comlrl() -> str:
+    """The folder of an environment with the reference; skips where it was not made."""
+    folder = os.environ.get("COMLRL", str(ROOT / ".cache" / "comlrl"))
+    if not (Path(folder) / "bin" / "python").is_file():
+        pytest.skip(f"no CoMLRL in {folder}: tests/benchmarks/speed.py installs it")
+    return folder
+
+
 def tiny_args(module: ModuleType, folder: Path, **changes: Any) -> Any:
     """Arguments of a run of a few updates in `folder`."""
     small = {

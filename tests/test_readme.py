@@ -271,10 +271,23 @@ def test_the_learning_benchmark(command, project, request):
         "1",
     ]
     small = f"{' '.join(SMALL)} --rollout-buffer-size 500"
+    if "--reference" in words:
+        words += ["--reference-epochs", "1"]
+        words += ["--environment", request.getfixturevalue("comlrl")]
     if "length_ratio" in command or "tldr" in command:
         words += ["--model", request.getfixturevalue("smollm2")]
         small = f"{' '.join(SMALL)} --rollout-buffer-size 32 --max-new-tokens 4"
-    assert "| iac_shared | 1 |" in run([*words, f"--flags={small}"], project)
+    out = run([*words, f"--flags={small}"], project)
+    assert "| iac_shared | 1 |" in out
+    assert ("| CoMLRL iac_shared | 1 |" in out) == ("--reference" in words)
+    (folder,) = (project / "runs").glob("learning*")
+    points = (folder / "learning.csv").read_text().splitlines()
+    assert points[0] == "task,algorithm,seed,metric,samples,value" and len(points) > 3
+    assert (folder / "learning.md").read_text().strip() in out
+    for task in words[words.index("--tasks") + 1 : words.index("--scripts")]:
+        if not task.startswith("--") and not task.isdigit():
+            assert (folder / f"{task}.png").read_bytes()[:4] == b"\x89PNG"
+    shutil.rmtree(folder)
 
 
 def test_the_speed_benchmark(project, smollm2):

@@ -6,13 +6,17 @@
 
 The runs are kept in OUTPUT/runs.jsonl, a line each, and one that stands there is not repeated.
 From all lines come OUTPUT/learning.csv (every point of every curve), OUTPUT/learning.md (a table:
-mean and standard deviation over the seeds) and OUTPUT/<task>.png (curves: mean, and the band of
-one standard deviation). `--reference` adds the trainers of CoMLRL on the same game, with the same
-tiny models, tokenizer and hyper-parameters; it has no entropy bonus, as our task without_bonus.
+mean and standard deviation over the seeds) and OUTPUT/<task>.png (curves, smoothed over five
+points: mean over the seeds, and the band of one standard deviation).
 
 Reward is the mean in the last tenth of training. The samples to the threshold are the episodes
 (with one turn, joint samples) until the mean of the last 600 reaches it; a run that never does
 counts with its whole length.
+
+`--reference` adds the trainers of CoMLRL to the task as_comlrl: the same game, tiny models,
+tokenizer and hyper-parameters, as many episodes, on both sides no entropy bonus and no gradient
+clipping. What is left of differences: its items are not shuffled, its Adam decays the
+weights (0.01), its value heads do not start at zero, and a shared one learns at the actor's rate.
 """
 
 import csv
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +64,21 @@ class Setting:
 
 SETTINGS = {
     "two_agents": Setting("", 0.8),
-    "without_bonus": Setting("--entropy-coef 0", 0.8),
+    "as_comlrl": Setting(
+        "--entropy-coef 0 --max-grad-norm 0 --num-train-epochs 10", 0.8
+    ),
     "three_agents": Setting("--num-agents 3", 0.8),
     "two_turns": Setting(
         "--num-turns 2 --early-termination-threshold -0.01", 0.8, offset=1.0
     ),
     "hidden_cards": Setting(
-        "--task hidden_cards --num-turns 2 --num-train-epochs 10",
+        "--task hidden_cards --num-turns 2 --num-train-epochs 10 --entropy-coef 0.05",
+        0.8,
+        metric="rollout/right",
+        critics=True,
+    ),
+    "one_hidden_card": Setting(
+        "--task hidden_cards --num-train-epochs 10 --entropy-coef 0.05",
         0.8,
         metric="rollout/right",
         critics=True,
@@ -89,15 +101,16 @@ class Args:
     """What to measure."""
 
     tasks: tuple[str, ...] = ("two_agents", "hidden_cards")
-    """two_agents, without_bonus, three_agents, two_turns, hidden_cards, length_ratio, tldr."""
+    """two_agents, as_comlrl, three_agents, two_turns, hidden_cards, one_hidden_card (the
+    same with one turn), length_ratio, tldr."""
     scripts: tuple[str, ...] = SCRIPTS
     """Scripts to run."""
     seeds: tuple[int, ...] = tuple(range(11, 21))
     """Seeds of the runs; the defaults were chosen on 1 to 10 and 101 to 104."""
     reference: bool = False
-    """Run CoMLRL too, on the game of two agents."""
+    """Run CoMLRL too, as another algorithm of as_comlrl."""
     reference_epochs: int = 10
-    """Epochs of CoMLRL's runs."""
+    """Epochs of CoMLRL's runs, as many as those of as_comlrl."""
     environment: Path = Path(".cache/comlrl")
     """Where CoMLRL is installed."""
     model: str = ".cache/smollm2"
@@ -197,43 +210,44 @@ def reference(script: str, seed: int, args: Args) -> dict:
     ]
     return {
         "curves": {"reward": points},
-        "untrained": points[0][1],
+        "untrained": None,
+        "turns": 1.0,
         "seconds": result["seconds"],
     }
 
 
 def measure(algorithm: str, task: str, seed: int, args: Args) -> dict:
-    """One run, with its final reward and the samples to its threshold."""
+    """One run: its curves, and what it was."""
     start = time.perf_counter()
     if algorithm.startswith("CoMLRL"):
         result = reference(algorithm.split()[-1], seed, args)
     else:
         result = ours(algorithm, task, seed, args)
-    samples, rewards = map(np.array, zip(*result["curves"]["reward"], strict=True))
-    tenth = max(1, len(rewards) // 10)
-    reached = samples[-1]
-    for end in samples:
-        window = rewards[(samples > end - WINDOW) & (samples <= end)]
-        if (
-            end >= min(WINDOW, samples[-1])
-            and window.mean() >= SETTINGS[task].threshold
-        ):
-            reached = end
+    result["process_seconds"] = time.perf_counter() - start
+    return {"task": task, "algorithm": algorithm, "seed": seed, **result}
+
+
+def figures(run: dict) -> dict[str, float]:
+    """What the curve of a run's reward says; a point counts as often as it has episodes."""
+    samples, rewards = map(np.array, zip(*run["curves"]["reward"], strict=True))
+    episodes = np.diff(samples, prepend=0)
+    needed, reached = samples[-1], False
+    for end in samples[samples >= min(WINDOW, samples[-1])]:
+        window = (samples > end - WINDOW) & (samples <= end)
+        mean = np.average(rewards[window], weights=episodes[window])
+        if mean >= SETTINGS[run["task"]].threshold:
+            needed, reached = end, True
             break
-    quarter = max(1, len(rewards) // 4)
-    first, last = rewards[:quarter], rewards[-quarter:]
+    tenth = samples > 0.9 * samples[-1]
+    first, last = (samples <= samples[-1] / 4), samples > 0.75 * samples[-1]
+    errors = [rewards[part].var() / part.sum() for part in (first, last)]
     return {
-        "task": task,
-        "algorithm": algorithm,
-        "seed": seed,
-        "reward": float(rewards[-tenth:].mean()),
-        "samples_to_threshold": int(reached),
-        "reached": bool(reached < samples[-1]),
-        "first_quarter": float(first.mean()),
-        "last_quarter": float(last.mean()),
-        "standard_error": float(np.sqrt(first.var() / quarter + last.var() / quarter)),
-        "process_seconds": time.perf_counter() - start,
-        **result,
+        "reward": float(np.average(rewards[tenth], weights=episodes[tenth])),
+        "samples": int(needed),
+        "reached": bool(reached),
+        "first_quarter": float(rewards[first].mean()),
+        "last_quarter": float(rewards[last].mean()),
+        "standard_error": float(np.sqrt(sum(errors))),
     }
 
 
@@ -244,32 +258,61 @@ def groups(results: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
         yield task, algorithm, runs
 
 
-def at_the_end(runs: list[dict], name: str) -> str:
-    """Mean and deviation over the runs of a critic's metric in the last tenth of training."""
-    curves = [[v for _, v in r["curves"].get(name, [])] for r in runs]
-    ends = [np.mean(c[-max(1, len(c) // 10) :]) for c in curves if c]
-    return f"{np.mean(ends):.2f} ± {np.std(ends):.2f}" if ends else "-"
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
+def at_the_end(run: dict, name: str) -> float | None:
+    """A critic's metric in the last tenth of training."""
+    curve = [value for _, value in run["curves"].get(name, [])]
+    return float(np.mean(curve[-max(1, len(curve) // 10) :])) if curve else None
 
 
 def table(results: list[dict]) -> str:
     """A Markdown table with a row per task and algorithm."""
-    rows = [
-        "| task | algorithm | seeds | untrained | reward | lowest, median"
-        + " | samples to threshold | reached | explained variance | advantage std | seconds |",
-        "|" + "---|" * 11,
+    heads = [
+        "task",
+        "algorithm",
+        "seeds",
+        "untrained",
+        "reward",
+        "lowest; median; highest",
+        "samples to threshold",
+        "reached",
+        "quarters: first → last (error)",
+        "turns",
+        "explained variance",
+        "advantage std",
+        "seconds",
     ]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for task, algorithm, runs in groups(results):
-        rewards = np.array([r["reward"] for r in runs])
-        samples = np.array([r["samples_to_threshold"] for r in runs])
-        cells = [task, algorithm, len(runs)]
-        cells += [f"{max(r['untrained'] for r in runs):.2f}"]
-        cells += [f"{rewards.mean():.3f} ± {rewards.std():.3f}"]
-        cells += [f"{rewards.min():.3f}, {np.median(rewards):.3f}"]
-        cells += [f"{samples.mean():.0f} ± {samples.std():.0f}"]
-        cells += [f"{sum(r['reached'] for r in runs)} of {len(runs)}"]
-        cells += [at_the_end(runs, EXPLAINED), at_the_end(runs, SPREAD)]
-        cells += [f"{np.median([r['seconds'] for r in runs]):.0f}"]
-        rows.append("| " + " | ".join(map(str, cells)) + " |")
+        found = [figures(run) for run in runs]
+        rewards = [f["reward"] for f in found]
+        three = [np.min(rewards), np.median(rewards), np.max(rewards)]
+        quarters = ("first_quarter", "last_quarter", "standard_error")
+        first, last, error = (np.mean([f[name] for f in found]) for name in quarters)
+        cells = [
+            task,
+            algorithm,
+            str(len(runs)),
+            spread([run["untrained"] for run in runs], 2),
+            spread(rewards, 3),
+            "; ".join(f"{value:.3f}" for value in three),
+            spread([f["samples"] for f in found], 0),
+            f"{sum(f['reached'] for f in found)} of {len(runs)}",
+            f"{first:.3f} → {last:.3f} ({error:.3f})",
+            spread([run["turns"] for run in runs], 2),
+            spread([at_the_end(run, EXPLAINED) for run in runs], 2),
+            spread([at_the_end(run, SPREAD) for run in runs], 2),
+            f"{np.median([run['seconds'] for run in runs]):.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -293,12 +336,12 @@ def draw(task: str, results: list[dict], path: Path) -> None:
                 for steps, values in curves
             ]
             values = np.array([np.interp(grid, *curve) for curve in curves])
-            mean, spread = values.mean(0), values.std(0)
+            mean, deviation = values.mean(0), values.std(0, ddof=min(1, len(runs) - 1))
             style = "--" if "CoMLRL" in algorithm else "-"
             (line,) = axes.plot(grid, mean, style, label=f"{algorithm} ({len(runs)})")
             color = line.get_color()
             axes.fill_between(
-                grid, mean - spread, mean + spread, alpha=0.2, color=color
+                grid, mean - deviation, mean + deviation, alpha=0.2, color=color
             )
         axes.set(title=f"{task}: {title}", xlabel="episodes")
         axes.legend(fontsize="small")
@@ -331,7 +374,7 @@ def main(args: Args) -> None:
     ]
     if args.reference:
         pairs = itertools.product(args.seeds, args.scripts)
-        jobs += [("without_bonus", f"CoMLRL {script}", seed) for seed, script in pairs]
+        jobs += [("as_comlrl", f"CoMLRL {script}", seed) for seed, script in pairs]
 
     def run(job: tuple[str, str, int]) -> None:
         task, algorithm, seed = job
@@ -339,8 +382,7 @@ def main(args: Args) -> None:
         done[job] = result
         with open(store, "a") as file:
             file.write(json.dumps(result) + "\n")
-        figures = {k: v for k, v in result.items() if k not in ("curves", "folder")}
-        print(json.dumps(figures), flush=True)
+        print(*job, figures(result), flush=True)
 
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(run, [job for job in jobs if job not in done]))
