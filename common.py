@@ -1,6 +1,6 @@
 """Helpers of maac.py, iac_separate.py and iac_shared.py: everything but the algorithms.
 
-Flags of a run, tasks, the calls of a user's functions, models and tokenizers, several
+Flags of a run, the task and the calls of a user's functions, models and tokenizers, several
 processes, the run folder and its checkpoints. Generation, log-probabilities, values,
 advantages, losses and updates stand in the scripts.
 """
@@ -26,8 +26,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
-from itertools import chain, groupby, pairwise, zip_longest
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,26 +51,12 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h; older glibc refuses the first
     _ = libc.mallopt(-3, 2**31 - 1) and libc.mallopt(-1, 2**31 - 1)
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
 Formatter = Callable[[dict], Prompt]
 
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message is one sentence that says why."""
-
-
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Turn an InputError into its sentence on standard error and exit status 2."""
-    try:
-        yield
-    except InputError as error:
-        off_the_bar = "\n" if ranks() > 1 else ""  # which is another rank's
-        print(f"{off_the_bar}error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def require(condition: Any, sentence: str) -> None:
@@ -97,6 +83,19 @@ def attempting(what: str, of_user: bool = False) -> Iterator[None]:
         raise InputError(f"{what} raised {kind}: {reason}{where}") from error
 
 
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Turn an InputError into its sentence on standard error and exit status 2."""
+    try:
+        yield
+    except InputError as error:
+        off_the_bar = "\n" if ranks() > 1 else ""  # which is another rank's
+        print(f"{off_the_bar}error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 # -------------------------------------------------------------------- arguments
 
 
@@ -111,10 +110,12 @@ class RunArgs:
     seed: int = 1
     """Seed of the weights, of the order of the items and of the sampling."""
     task: str = "sum_to_target"
-    """sum_to_target, hidden_cards, length_ratio, tldr, or a .py file with `task` or
+    """sum_to_target, a file of tests/tasks by its name, or a .py file with `task` or
     `make_task(args)`."""
     train_file: str | None = None
-    """Posts of tldr: JSON lines with a `prompt` each; None = the dataset trl-lib/tldr."""
+    """JSON lines, an item each, in place of the task's own; the last tenth is for evaluation."""
+    num_train_epochs: int = 20
+    """Passes over the train dataset."""
     output_dir: str = "runs"
     """Where the run folder is made."""
     device: str = "auto"
@@ -167,12 +168,30 @@ class RunArgs:
     """Joint samples written to samples.jsonl at each update."""
 
 
-# Flags that may differ when a run is resumed: they prolong it, log it or place it.
-FREE_FLAGS = {
+# Flags that may differ when a run is resumed: they prolong it, log it or place it, or name a
+# file, whose content counts.
+FREE_FLAGS = (
     "num_train_epochs", "save_interval", "resume", "eval_interval", "eval_num_samples",
-    "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "output_dir",
-    "exp_name", "device", "agent_devices", "critic_devices",
-}  # fmt: skip
+    "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "exp_name", "output_dir",
+    "device", "agent_devices", "critic_devices", "task", "train_file",
+)  # fmt: skip
+LIMITS = (  # flags, what they must be, whether a value is that
+    ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
+        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
+        critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps""",
+     "at least 1", lambda v: v >= 1),
+    ("eval_interval save_interval log_samples", "at least 0", lambda v: v >= 0),
+    ("agent_learning_rate critic_learning_rate value_clip_range temperature",
+     "above 0", lambda v: 0 < v < math.inf),
+    ("value_loss_coef entropy_coef max_grad_norm",
+     "at least 0", lambda v: 0 <= v < math.inf),
+    ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
+    ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
+    ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
+    ("critic_type", "v or q", lambda v: v in ("v", "q")),
+    ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
+)  # fmt: skip
 
 
 def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
@@ -181,14 +200,11 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     args = tyro.cli(args_class, args=arguments)
     if args.resume is None:
         return args
-    path = Path(args.resume) / "args.json"
-    require(path.is_file(), f"{args.resume!r} is not a run folder: it has no args.json")
-    with attempting(f"{str(path)!r} cannot be loaded"):
-        saved = json.loads(path.read_text()).items()
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved}
-    strange = ", ".join(saved.keys() - {flag.name for flag in fields(args_class)})
-    require(not strange, f"{args.resume!r} is of another script: it has {strange}")
-    return tyro.cli(args_class, args=arguments, default=args_class(**saved))
+    with attempting(f"{args.resume!r} is no run of this script"):
+        saved = json.loads((Path(args.resume) / "args.json").read_text())["flags"]
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        run = args_class(**saved)
+    return tyro.cli(args_class, args=arguments, default=run)
 
 
 def plain_args(args: Any) -> dict[str, Any]:
@@ -197,76 +213,56 @@ def plain_args(args: Any) -> dict[str, Any]:
 
 
 def check_args(args: Any) -> None:
-    """Raise InputError for a flag out of its range, naming the flag and the range."""
-    counts = """num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
-        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
-        critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps"""
-    rates = "agent_learning_rate critic_learning_rate value_clip_range temperature"
-    weights = "value_loss_coef entropy_coef max_grad_norm"
-    ranges = (
-        (counts, "at least 1", lambda v: v >= 1),
-        ("critic_type", "v or q", lambda v: v in ("v", "q")),
-        ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
-        (rates, "above 0", lambda v: 0 < v < math.inf),
-        ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
-        ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
-        ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
-        (weights, "at least 0", lambda v: 0 <= v < math.inf),
-        ("eval_interval save_interval log_samples", "at least 0", lambda v: v >= 0),
-        ("seed", "from 0 to 2**32 - 1", lambda v: 0 <= v < 2**32),
-    )
-    for flags, wanted, holds in ranges:
+    """Raise InputError for a flag that cannot be used, or not beside another."""
+    for flags, wanted, fits in LIMITS:
         for flag in flags.split():
             value = getattr(args, flag, None)
-            fits = value is None or holds(value)
-            require(fits, f"{flag} must be {wanted}, got {value!r}")
+            good = value is None or fits(value)
+            require(good, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
-    options = json_object(args.model_config, "model_config")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    devices = ("agent_devices", "critic_devices")
-    placed = " and ".join(flag for flag in devices if several and getattr(args, flag))
-    one = several and ":" in args.device
-    both = args.resume is not None and args.eval_only
-    halved = {"dtype", "torch_dtype"} & set(options)
+    halved = {"dtype", "torch_dtype"} & set(json_object(args, "model_config"))
     why = "weights are float32, and --dtype sets the compute type"
-    refused = {
-        f"{placed} place the models of one process, and torchrun started several": placed,
-        f"device {args.device!r} is one for all the processes that torchrun started: give cuda": one,
-        "resume goes on with training, and eval_only trains nothing: give one of them": both,
-        f"model_config cannot set a dtype: {why}": halved,
-    }
-    for sentence, given in refused.items():
-        require(not given, sentence)
+    require(not halved, f"model_config cannot set a dtype: {why}")
+    both = args.resume is not None and args.eval_only
+    require(not both, "resume goes on with training, and eval_only trains nothing")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        placed = args.agent_devices or args.critic_devices or ":" in args.device
+        require(
+            not placed,
+            "torchrun started several processes, each with a device of its own: give --device"
+            " cpu or cuda, without a number, and no agent_devices or critic_devices",
+        )
     if args.wandb_config is not None:
-        json_object(args.wandb_config, "wandb_config")
+        json_object(args, "wandb_config")
         found = importlib.util.find_spec("wandb")
         require(found, "wandb_config needs the package wandb: pip install wandb")
 
 
-def json_object(text: str | dict, flag: str) -> dict[str, Any]:
+def json_object(args: Any, flag: str) -> dict[str, Any]:
     """The dict that a flag's JSON says, or is; InputError if it is anything else."""
-    try:
-        value = text if isinstance(text, dict) else json.loads(text)
-    except (TypeError, json.JSONDecodeError):
-        value = None
+    text = value = getattr(args, flag)
+    if isinstance(text, str):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(text)
     require(isinstance(value, dict), f"{flag} takes a JSON object, got {text!r:.100}")
     return value
 
 
+def one_each(flag: str, given: Sequence[str], default: Sequence[str]) -> list[str]:
+    """What a flag lists, or the default; InputError if it lists more or less."""
+    names, count = list(given or default), len(default)
+    require(len(names) == count, f"{flag} lists {len(names)}, expected {count}")
+    return names
+
+
 def model_names(args: Any) -> list[str]:
     """One model name per agent; InputError if `agents` has more or less."""
-    count, names = args.num_agents, args.agents or [args.agent_model] * args.num_agents
-    given = f"agents lists {len(names)} models for num_agents {count}"
-    require(len(names) == count, f"{given}: give one each")
-    return list(names)
+    return one_each("agents", args.agents, [args.agent_model] * args.num_agents)
 
 
-def critic_names(args: Any, default: list[str]) -> list[str]:
-    """One critic name for each of `default`; InputError if `critics` has more or less."""
-    names = list(args.critics) or [args.critic_model or name for name in default]
-    given = f"critics lists {len(names)} models, and this script has {len(default)}"
-    require(len(names) == len(default), f"{given}: give one each")
-    return names
+def critic_names(args: Any, agents: list[str]) -> list[str]:
+    """One critic name for each of `agents`; InputError if `critics` has more or less."""
+    return one_each("critics", args.critics, [args.critic_model or x for x in agents])
 
 
 def refuse_critics(args: Any) -> None:
@@ -395,11 +391,12 @@ class Task:
     """What messages and the run folder call it; --task sets it."""
 
     @functools.cached_property
-    def reward_keywords(self) -> set[str] | None:
-        """The names that reward_func takes as keywords; None = any."""
+    def reward_keywords(self) -> set[str]:
+        """Which of batch_items and prompts reward_func takes."""
         parameters = inspect.signature(self.reward_func).parameters.values()
         names = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else names
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return {x for x in ("batch_items", "prompts") if any_name or x in names}
 
 
 def sum_to_target(args: Any) -> Task:
@@ -432,192 +429,17 @@ def sum_to_target(args: Any) -> Task:
     return Task(items * 100, reward, items * 10, external_transition=correct)
 
 
-TOPICS = """a lighthouse keeper, a lost dog, the first snow, a broken clock, a brave mouse,
-an old ship, a secret garden, a talking tree, a rainy day, a stolen crown, a kind giant,
-a tiny robot, a night train, a magic pencil, a hungry fox, a paper boat, a haunted house,
-a wise owl, a desert road, a red balloon, a sleepy village, a silver key, a clumsy wizard,
-a river crossing, a forgotten song, a mountain hut, a friendly ghost, a market day,
-a shooting star, a stubborn donkey, an empty theatre, a long winter"""
-
-
-def length_ratio(args: Any) -> Task:
-    """Each agent writes a story, 2 to 3 times as long as that of the agent before it.
-
-    The reward is the mean over neighbours of 1 within those bounds (in characters), falling
-    linearly outside, to 0 at ratios 0 and 5; it is -1 if a text is empty.
-    """
-
-    def closeness(short: str, long: str) -> float:
-        ratio = len(long) / len(short)
-        return max(0.0, min(1.0, ratio / 2, (5 - ratio) / 2))
-
-    def reward(*completions: list[str]) -> list[float]:
-        return [
-            float(np.mean([closeness(*pair) for pair in pairwise(texts)]))
-            if all(text.strip() for text in texts)
-            else -1.0
-            for texts in zip(*completions, strict=True)
-        ]
-
-    def ask(item: dict) -> Prompt:
-        request = f"Write a story about {item['prompt']} in one or two sentences."
-        return [{"role": "user", "content": request}]
-
-    compares = "task length_ratio compares agents"
-    require(args.num_agents > 1, f"{compares}: num_agents must be 2 or more")
-    items = [{"prompt": " ".join(topic.split())} for topic in TOPICS.split(",")]
-    return Task(items, reward, items, formatters=ask)
-
-
-def hidden_cards(args: Any) -> Task:
-    """Each agent is dealt a card, 0 to 9, that no other sees, and answers it at every turn: a
-    digit of the card's half, 0 to 4 or 5 to 9, is right. It reads its marks so far.
-
-    Nothing is paid before the last turn. Then the team gets the share of right answers, of all
-    agents at all turns, and its luck: a third of the sum of (card - 4.5). Luck is no agent's
-    doing, but decides most of the return: a critic that reads all the cards can take it out of
-    the advantage, one that reads its own agent's card only that agent's part.
-    """
-    agents, turns = range(args.num_agents), args.num_turns
-
-    def right(prompt: str, text: str) -> bool:
-        return text in tuple("01234" if prompt[5] in "01234" else "56789")
-
-    def reward(*completions: list[str], prompts: list[list[str]]) -> list[float]:
-        rewards = []
-        for asked, texts in zip(zip(*prompts), zip(*completions), strict=True):
-            marks = "".join(prompt.split("\n")[1] for prompt in asked)
-            hits = marks.count("+") + sum(map(right, asked, texts))
-            luck = sum(int(prompt[5]) - 4.5 for prompt in asked) / 3
-            last = len(marks) == len(agents) * (turns - 1)
-            rewards.append(hits / (len(agents) * turns) + luck if last else 0.0)
-        return rewards
-
-    def mark(**history: Any) -> list[str]:
-        asked, texts = (
-            history[f"{x}_history_per_agent"] for x in ("prompt", "response")
-        )
-        pairs = zip(asked, texts, strict=True)
-        return ["".join("-+"[right(*turn)] for turn in zip(*pair)) for pair in pairs]
-
-    def share(samples: list[Sample]) -> dict[str, float]:
-        answers = [right(*x) for s in samples for x in zip(s.prompts, s.completions)]
-        return {"right": float(np.mean(answers))}
-
-    def deal(agent: int) -> Callable[[dict], Prompt]:
-        return lambda item: f"card {item['cards'][agent]}\n{item['prompt']}\n"
-
-    hands = [random.choices(range(10), k=len(agents)) for _ in range(1000)]
-    items = [{"prompt": "", "cards": hand} for hand in hands]
-    formatters = [deal(agent) for agent in agents]
-    return Task(items, reward, items[:100], None, formatters, mark, share)
-
-
-STOP_WORDS = """a about after all also am an and any are as at be because been being but by can
-could did do does for from had has have he her here him his how i if in into is it its just me
-more most my no not now of on only or other our out over own she should so some such than that
-the their them then there these they this those to too up us very was we were what when where
-which while who why will with would you your"""
-TRANSITIONS = {  # a category of transition words, and its words and phrases
-    "addition": "also, besides, furthermore, moreover, additionally, in addition, as well as",
-    "example": "for example, for instance, such as, namely, including, in particular",
-    "explanation": "that is, in other words, in fact, indeed, to clarify, simply put",
-    "cause": "therefore, thus, hence, so, because, consequently, as a result, due to",
-    "contrast": "but, however, yet, instead, whereas, in contrast, on the other hand",
-    "concession": "although, though, even though, despite, in spite of, nevertheless, still",
-    "condition": "if, unless, otherwise, provided that, as long as, in case, whether",
-    "sequence": "first, second, third, next, then, finally, lastly, to begin with",
-    "time": "when, while, before, after, until, since, during, later, meanwhile, eventually",
-    "comparison": "similarly, likewise, equally, just as, in the same way, compared to",
-    "emphasis": "certainly, clearly, definitely, of course, obviously, above all, especially",
-    "summary": "overall, in short, in summary, in conclusion, to sum up, ultimately, all in all",
-}
-
-
-def tldr_reward(summary: str, longer: str) -> float:
-    """What a summary and a longer version of it earn, 0 to 2.98: four levels, each a gate.
-
-    1: 0.5 if both have 8 to 256 words. 2: their ratio in characters, 1 from 1.6 to 3.2, falling
-    to 0 at 1.1 and 5. 3: their ratio in unique words, 0.5 from 2 up, falling to 0 at 1.3.
-    4: categories of transition words in the longer one, and content words in common. A level
-    out of bounds ends the count. Source: the TL;DR task of arXiv 2601.21972.
-    """
-    texts = (summary.lower(), longer.lower())
-    if not all(8 <= len(text.split()) <= 256 for text in texts):
-        return 0.0
-    ratio = len(longer) / len(summary)
-    if not 1.1 <= ratio <= 5:
-        return 0.5
-    reward = 0.5 + min(1.0, (ratio - 1.1) / 0.5, (5 - ratio) / 1.8)
-    words, more_words = (set(re.findall(r"\w+", text)) for text in texts)
-    unique = len(more_words) / len(words) if words else 0.0
-    if unique < 1.3:
-        return reward
-    reward += min(0.5, 0.5 * (unique - 1.3) / 0.7)
-    found = sum(
-        re.search(rf"\b({phrases.replace(', ', '|')})\b", texts[1]) is not None
-        for phrases in TRANSITIONS.values()
-    )
-    reward += 0.4 * min(1.0, 0.4 + 0.05 * (found - 1)) if found else 0.0
-    content, more_content = (w - set(STOP_WORDS.split()) for w in (words, more_words))
-    union = content | more_content
-    jaccard = len(content & more_content) / len(union) if union else 1.0
-    return reward + 0.6 * min(jaccard, 0.03) / 0.03
-
-
-def tldr(args: Any) -> Task:
-    """Agent 0 summarises a post, agent 1 writes the longer version; paid by tldr_reward.
-
-    Posts come from --train-file, whose last tenth is held out for evaluation, or from the
-    dataset trl-lib/tldr.
-    """
-    require(args.num_agents == 2, "task tldr is for two agents: num_agents must be 2")
-    if args.train_file is None:
-        require(
-            importlib.util.find_spec("datasets") is not None,
-            "task tldr needs the package datasets (pip install datasets), or a train_file",
-        )
-        from datasets import load_dataset
-
-        with attempting("dataset trl-lib/tldr cannot be loaded (give a train_file?)"):
-            splits = load_dataset("trl-lib/tldr")
-            posts, held_out = splits["train"], splits["validation"]
-    else:
-        failure = f"train_file {args.train_file!r} cannot be read"
-        with attempting(failure), open(args.train_file, encoding="utf-8-sig") as file:
-            posts = [json.loads(line) for line in file if line.strip()]
-        texts = [post.get("prompt") if isinstance(post, dict) else "" for post in posts]
-        require(
-            len(posts) > 1 and all(isinstance(t, str) and t.strip() for t in texts),
-            f"train_file {args.train_file!r}: expected 2 posts or more, each with a text as"
-            " its prompt",
-        )
-        count = math.ceil(len(posts) / 10)
-        posts, held_out = posts[:-count], posts[-count:]
-
-    def asking(request: str) -> Callable[[dict], Prompt]:
-        return lambda item: [
-            {"role": "user", "content": f"{item['prompt']}\n\n{request}"}
-        ]
-
-    requests = (
-        "Summarise this post in one short sentence.",
-        "Summarise this post in three sentences, joined by transition words.",
-    )
-    return Task(
-        posts,
-        lambda *texts: [tldr_reward(*pair) for pair in zip(*texts, strict=True)],
-        held_out,
-        formatters=list(map(asking, requests)),
-    )
-
-
-TASKS = {
-    "tldr": tldr,
-    "sum_to_target": sum_to_target,
-    "length_ratio": length_ratio,
-    "hidden_cards": hidden_cards,
-}
+def task_file(args: Any) -> Path | None:
+    """The file that defines the task that args.task names; None for the one built in here.
+    Raises InputError if there is none."""
+    if args.task == "sum_to_target":
+        return None
+    folder = Path(__file__).parent / "tests" / "tasks"
+    named = Path(args.task).suffix != ".py"
+    path = folder / f"{args.task}.py" if named else Path(args.task)
+    known = ", ".join(["sum_to_target", *sorted(p.stem for p in folder.glob("*.py"))])
+    require(path.is_file(), f"no task {args.task!r}: give {known}, or a .py file")
+    return path
 
 
 def load_task(args: Any, task: Task | None) -> Task:
@@ -625,13 +447,15 @@ def load_task(args: Any, task: Task | None) -> Task:
     or if it does not fit num_agents and num_turns."""
     if task is None:
         with fresh_randomness(args.seed):  # items drawn at random are the same again
-            known = args.task in TASKS
-            require(
-                args.train_file is None or args.task == "tldr" or not known,
-                f"train_file holds posts for tldr, and the task is {args.task}",
-            )
-            task = TASKS[args.task](args) if known else load_task_file(args)
+            file = task_file(args)
+            task = run_task_file(file, args) if file else sum_to_target(args)
         task.name = Path(args.task).stem
+    if args.train_file is not None:
+        failure = f"train_file {args.train_file!r} cannot be read"
+        with attempting(failure), open(args.train_file, encoding="utf-8-sig") as file:
+            items = [json.loads(line) for line in file if line.strip()]
+        kept = len(items) - math.ceil(len(items) / 10)
+        task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
     name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
     require(callable(task.reward_func), f"{name} has no callable reward_func")
     for key in ("train_dataset", "eval_dataset"):
@@ -651,23 +475,18 @@ def load_task(args: Any, task: Task | None) -> Task:
     return task
 
 
-def load_task_file(args: Any) -> Task:
-    """The task that the file args.task defines; InputError if it defines none."""
-    path, known = Path(args.task), ", ".join(TASKS)
-    is_file_name = path.suffix == ".py"
-    require(is_file_name, f"unknown task {args.task!r}: give {known}, or a .py file")
-    who = f"task file {args.task!r}"
-    require(path.is_file(), f"{who} does not exist")
-    with attempting(who, of_user=True):
+def run_task_file(path: Path, args: Any) -> Task:
+    """The task that a file defines; InputError if it defines none."""
+    with attempting(f"task file {str(path)!r}", of_user=True):
         spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
         task = make(args) if make else getattr(module, "task", None)
-    wanted = "`task` (a common.Task) or `make_task(args)` that returns one"
-    got = type(task).__name__
-    require(isinstance(task, Task), f"{who} must define {wanted}, got {got}")
+    wanted = "must define `task` (a common.Task) or `make_task(args)` that returns one"
+    got = f"task file {str(path)!r} {wanted}, got {type(task).__name__}"
+    require(isinstance(task, Task), got)
     return task
 
 
@@ -702,17 +521,25 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     return prompt
 
 
+def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
+    """The samples that open num_generations episodes of each item, without completions yet."""
+    samples: list[Sample] = []
+    for item in [item for item in items for _ in range(args.num_generations)]:
+        prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
+        samples.append(Sample(item, len(samples), 0, prompts))
+    return samples
+
+
 def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
     """The first turns of all items, a thousand samples at a time, with empty completions, to
     see before a run starts that every prompt can be read. Raises InputError for one that is
     missing, empty or too long for its actor."""
-    datasets = (task.train_dataset, task.eval_dataset)
-    for dataset in (dataset for dataset in datasets if dataset is not None):
+    for dataset in (task.train_dataset, task.eval_dataset or []):
         for part in slices(len(dataset), 1000):
             with attempting(f"task {task.name!r}: a dataset", of_user=True):
                 items = [dataset[k] for k in range(len(dataset))[part]]
             with fresh_randomness(args.seed):
-                samples = first_turn(task, items, 1, args)
+                samples = first_turn(task, items, replace(args, num_generations=1))
             for agent, actor in enumerate(actors):
                 prompts = [sample.prompts[agent] for sample in samples]
                 ids = encode(actor, prompts, room=args.max_new_tokens)
@@ -721,19 +548,10 @@ def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list
             yield samples
 
 
-def first_turn(task: Task, items: list, generations: int, args: Any) -> list[Sample]:
-    """The samples that open `generations` episodes of each item, without completions yet."""
-    samples: list[Sample] = []
-    for item in [item for item in items for _ in range(generations)]:
-        prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
-        samples.append(Sample(item, len(samples), 0, prompts))
-    return samples
-
-
-def end_turn(task: Task, samples: list[Sample], generations: int, args: Any) -> None:
+def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
     """Set rewards and ends of one turn of episodes, which stand in the order of their items.
     An episode ends at the turn limit, or with a reward over the threshold."""
-    for _, joint in groupby(samples, key=lambda sample: sample.episode // generations):
+    for _, joint in groupby(samples, lambda s: s.episode // args.num_generations):
         pay(task, list(joint))
     threshold = args.early_termination_threshold
     for sample in samples:
@@ -749,19 +567,19 @@ def per_agent(rows: Iterable[list]) -> list[list]:
 def pay(task: Task, samples: list[Sample]) -> None:
     """Set the rewards of the joint samples of one item. Raises InputError unless the task
     returns as many finite numbers as there are samples."""
-    item, count = samples[0].item, len(samples)
-    where = f"task {task.name!r}, item {item!r:.200}"
+    where = f"task {task.name!r}, item {samples[0].item!r:.200}"
     who = f"{where}: reward_func"
     with attempting(who, of_user=True):
         completions = per_agent(s.completions for s in samples)
-        more = {"batch_items": [item], "prompts": per_agent(s.prompts for s in samples)}
-        if task.reward_keywords is not None:
-            more = {key: more[key] for key in more.keys() & task.reward_keywords}
-        given = rewards = task.reward_func(*completions, **more)
+        prompts = per_agent(s.prompts for s in samples)
+        options = {"batch_items": [samples[0].item], "prompts": prompts}
+        options = {key: options[key] for key in task.reward_keywords}
+        given = rewards = task.reward_func(*completions, **options)
     if isinstance(rewards, torch.Tensor | np.ndarray):
         rewards = rewards.tolist()
     fits = isinstance(rewards, list | tuple) and len(rewards) == len(samples)
-    require(fits, f"{who}: expected a list of {count} numbers, got {given!r:.100}")
+    expected = f"expected a list of {len(samples)} numbers"
+    require(fits, f"{who}: {expected}, got {given!r:.100}")
     check_numbers(rewards, who)
     if task.reward_processor is not None:
         who = f"{where}: reward_processor"
@@ -780,51 +598,41 @@ def check_numbers(values: Sequence[Any], who: str) -> None:
 
 
 def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
-    """The samples after those of the last turn whose episodes go on."""
-    live = [(s, next_prompts(task, s, args)) for s in samples if not s.done]
-    return [Sample(s.item, s.episode, s.turn + 1, prompts, s) for s, prompts in live]
-
-
-def next_prompts(task: Task, sample: Sample, args: Any) -> list[Prompt]:
-    """The prompts of the turn after `sample`, by the task's transition. Raises InputError if
-    it does not give one prompt per agent."""
-    history = [sample]
-    while history[0].previous is not None:
-        history.insert(0, history[0].previous)
-    item, count = sample.item, args.num_agents
-    who = f"task {task.name!r}, item {item!r:.200}: external_transition"
-    with attempting(who, of_user=True):
-        given = task.external_transition(
-            prompt=item.get("prompt"),
-            agent_completions=list(sample.completions),
-            num_agents=count,
-            prompt_history_per_agent=per_agent(s.prompts for s in history),
-            response_history_per_agent=per_agent(s.completions for s in history),
-        )
-    fits = isinstance(given, list | tuple) and len(given) == count
-    require(fits, f"{who}: expected {count} prompts, got {given!r:.100}")
-    prompts = [check_prompt(prompt, who) for prompt in given]
-    if args.external_prompt_passthrough:
-        return prompts
-    items = [{**item, "prompt": prompt} for prompt in prompts]
-    return [format_prompt(task, items[k], k) for k in range(count)]
+    """The samples after those of the last turn whose episodes go on. Raises InputError if
+    the task's transition does not give one prompt per agent."""
+    following, count = [], args.num_agents
+    for sample in (sample for sample in samples if not sample.done):
+        history = [sample]
+        while history[0].previous is not None:
+            history.insert(0, history[0].previous)
+        item = sample.item
+        who = f"task {task.name!r}, item {item!r:.200}: external_transition"
+        with attempting(who, of_user=True):
+            prompts = task.external_transition(
+                prompt=item.get("prompt"),
+                agent_completions=list(sample.completions),
+                num_agents=count,
+                prompt_history_per_agent=per_agent(s.prompts for s in history),
+                response_history_per_agent=per_agent(s.completions for s in history),
+            )
+        fits = isinstance(prompts, list | tuple) and len(prompts) == count
+        require(fits, f"{who}: expected {count} prompts, got {prompts!r:.100}")
+        prompts = [check_prompt(prompt, who) for prompt in prompts]
+        if not args.external_prompt_passthrough:
+            items = [{**item, "prompt": prompt} for prompt in prompts]
+            prompts = [format_prompt(task, items[k], k) for k in range(count)]
+        following.append(Sample(item, sample.episode, sample.turn + 1, prompts, sample))
+    return following
 
 
 # ----------------------------------------------------------- models and tokenizers
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 @contextmanager
 def fresh_randomness(seed: int) -> Iterator[None]:
     """Seed everything inside, and put every random state back afterwards."""
     states = random_states()
-    seed_everything(seed)
+    transformers.set_seed(seed)
     try:
         yield
     finally:
@@ -844,8 +652,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
+    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
 
 
 def pick_device(device: str) -> torch.device:
@@ -856,14 +663,6 @@ def pick_device(device: str) -> torch.device:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with attempting(f"device {device!r} cannot be used"):
         return torch.zeros(0, device=device).device
-
-
-def pick_devices(flag: str, count: int, args: Any) -> list[torch.device]:
-    """One device per agent or critic; InputError if the flag lists more or less."""
-    names = list(getattr(args, flag) or args.agent_devices[:count]) or [args.device]
-    given = f"{flag} lists {len(names)} devices for {count} models"
-    require(len(names) in (1, count), f"{given}: give one, or one each")
-    return [pick_device(name) for name in (names * count)[:count]]
 
 
 def autocast(learner: Learner, args: Any) -> torch.autocast:
@@ -912,9 +711,10 @@ def load_model(
     for an actor, AutoModel for a critic's backbone. Each index gives a tiny model weights of
     its own. Of a checkpoint's generation config only the end-of-sequence ids count. Raises
     InputError if it cannot be loaded."""
-    options = json_object(args.model_config, "model_config")
+    options = json_object(args, "model_config")
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
-    hub |= {key: options[key] for key in HUB_OPTIONS if key in options}
+    shared = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+    hub |= {key: options[key] for key in shared if key in options}
     tokenizer = load_tokenizer(args.tokenizer or name, hub)
     failure = f"model {name!r} cannot be loaded"
     with attempting(failure), fresh_randomness(args.seed + 1000 * index):
@@ -941,12 +741,13 @@ def load_model(
 
 def load_learners(role: str, auto_class: Any, names: list, args: Any) -> list[Learner]:
     """The actors or the critics, without optimizers or value heads yet."""
-    first = 0 if role == "agent" else args.num_agents
-    devices = pick_devices(f"{role}_devices", len(names), args)
+    flag, first = f"{role}_devices", 0 if role == "agent" else args.num_agents
+    given = getattr(args, flag) or args.agent_devices[: len(names)] or [args.device]
+    devices = list(given) * (len(names) if len(given) == 1 else 1)
     learners = []
-    for k, (name, device) in enumerate(zip(names, devices, strict=True)):
-        loaded = load_model(auto_class, name, first + k, device, args)
-        learners.append(Learner(f"{role}_{k}", name, *loaded))
+    for k, device in enumerate(map(pick_device, one_each(flag, devices, names))):
+        loaded = load_model(auto_class, names[k], first + k, device, args)
+        learners.append(Learner(f"{role}_{k}", names[k], *loaded))
     return learners
 
 
@@ -1011,12 +812,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def say(text: str, **options: Any) -> None:
-    """Print on the one at 0."""
-    if rank() == 0:
-        print(text, **options)
-
-
 def join_ranks() -> bool:
     """Join the processes that torchrun started, if it did; whether it was done here."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -1043,27 +838,39 @@ def total(*numbers: float) -> list[float]:
     return [sum(column) for column in zip(*gather(numbers), strict=True)]
 
 
-def any_rank(samples: list[Sample]) -> bool:
-    """Whether a rank has samples left to learn from; then all ranks must take part."""
-    return total(len(samples)) > [0]
-
-
-def sum_over_ranks(learner: Learner, sums: dict[str, float]) -> dict[str, float]:
-    """Sum a learner's gradients, in place, and these numbers over the ranks: one all-reduce."""
-    if ranks() == 1:
-        return sums
-    tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
-    for p in learner.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        tensors.append(p.grad)
-    flat = parameters_to_vector(tensors)
-    with attempting(f"rank {rank()} is without the others, one of which says why"):
-        dist.all_reduce(flat)
-    vector_to_parameters(flat, tensors)
-    return dict(zip(sums, tensors[0].tolist(), strict=True))
+def optimizer_step(
+    learner: Learner, sums: dict[str, float], texts: list, args: Any
+) -> dict[str, float]:
+    """Sum the gradients, which came from `texts`, and these numbers over the ranks in one
+    all-reduce; clip the gradient and step. Returns the sums and the gradient's norm before
+    clipping, with the learner's name. Raises InputError for a gradient that is not finite."""
+    if ranks() > 1:
+        tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
+        for p in learner.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            tensors.append(p.grad)
+        flat = parameters_to_vector(tensors)
+        with attempting(f"rank {rank()} is without the others, one of which says why"):
+            dist.all_reduce(flat)
+        vector_to_parameters(flat, tensors)
+        sums = dict(zip(sums, tensors[0].tolist(), strict=True))
+    limit = args.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
+    what = f"gradient (of {len(texts)} texts, the first named)"
+    check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    sums[f"{learner.name.split('_')[0]}_grad_norm"] = norm.item()
+    return {f"{name}/{learner.name}": value for name, value in sums.items()}
 
 
 # -------------------------------------------------------------------- checkpoints
+
+
+def digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def write_checkpoint(folder: Path, update: int, state: dict, whole: list) -> list[Path]:
@@ -1097,44 +904,14 @@ def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
             if path.stem.endswith(digest(path)):
                 with attempting(f"checkpoint {path} cannot be loaded"):
                     return torch.load(path, "cpu", weights_only=True), [path]
-        say(f"checkpoint {path} is damaged and left out", file=sys.stderr)
+        if rank() == 0:
+            print(f"checkpoint {path} is damaged and left out", file=sys.stderr)
     given = f"every checkpoint in {str(folder)!r} is damaged"
     require(not paths, f"{given}: start a new run")
     return None, []
 
 
-def lock_folder(folder: Path) -> int:
-    """Keep other runs out of the folder until this file is closed, or its process ends.
-    Raises InputError where another run keeps it. On Windows nothing is kept."""
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
-    with suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing in {str(folder)!r}") from None
-    return lock
-
-
-def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is no longer as it was, in words."""
-    words = []
-    for name, value in was.items():
-        if value != now.get(name):
-            short = name.removeprefix("hash of ")
-            change = f"was {value!r} and is {now.get(name)!r}"
-            words.append(f"{short} {change if short == name else 'changed'}")
-    return words
-
-
-def digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- batches and runs
+# ------------------------------------------------------------ batches and metrics
 
 
 def slices(count: int, size: int | None) -> list[slice]:
@@ -1161,7 +938,7 @@ def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float
 
 def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
     """This rank's share of the first eval_num_samples items, eval_batch_size at a time."""
-    size = 0 if task.eval_dataset is None else len(task.eval_dataset)
+    size = len(task.eval_dataset or [])
     places = range(min(args.eval_num_samples, size))[rank() :: ranks()]
     for part in slices(len(places), args.eval_batch_size):
         yield [task.eval_dataset[k] for k in places[part]]
@@ -1223,7 +1000,7 @@ def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
     """Before `name/agent_0`, `name/critic_0`, ... their mean as `name`."""
     teams: dict[str, list[float]] = {}
     for key, value in metrics.items():
-        teams.setdefault(re.split("/(?:agent|critic)_", key)[0], []).append(value)
+        teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
     return {name: float(np.mean(values)) for name, values in teams.items()} | metrics
 
 
@@ -1280,6 +1057,9 @@ def draw_curves(folder: Path) -> None:
     print(f"curves: {folder / 'curves.png'}")
 
 
+# -------------------------------------------------------------------------- a run
+
+
 class Run:
     """A run's folder, progress, checkpoints and loggers; a context manager. All ranks count
     alike, for each is told what the others did; the one at 0 writes."""
@@ -1303,11 +1083,11 @@ class Run:
         self.seconds: Counter[str] = Counter()  # by phase, since the last line
         self.train_seconds = self.elapsed = 0.0
         self.shown: list[Sample] = []
-        self.tensorboard = self.wandb = self.lock = None
+        self.tensorboard = self.wandb = None
         self.checkpoints: list[Path] = []  # that are whole, oldest first
         self.stop = 0  # the signal that asked for it
         if rank() > 0:
-            seed_everything(args.seed + 100_003 * rank())
+            transformers.set_seed(args.seed + 100_003 * rank())
         self.random = random_states()
         identity = self.identity()
         same = all(identity == other for other in gather(identity))
@@ -1316,16 +1096,16 @@ class Run:
         folder = args.resume or (self.make_folder() if rank() == 0 else None)
         self.folder = Path(gather(folder)[0])
         sizes = self.restore(identity) if args.resume else {}
-        if rank() == 0:
-            with attempting(f"run folder {str(self.folder)!r} cannot be written"):
-                self.lock = lock_folder(self.folder)
-                for name in self.FILES:
-                    with open(self.folder / name, "ab") as file:
-                        file.truncate(sizes.get(name, 0))
-                self.write_whole("args.json", plain_args(args))
-                if not args.eval_only:
-                    (self.folder / "checkpoint").mkdir(exist_ok=True)
-                    self.write_whole("checkpoint/identity.json", identity)
+        with attempting(f"run folder {str(self.folder)!r} cannot be written"):
+            for name in self.FILES if rank() == 0 else ():
+                with open(self.folder / name, "ab") as file:
+                    file.truncate(sizes.get(name, 0))
+            if rank() == 0:
+                content = json.dumps(identity | {"flags": plain_args(args)}, indent=2)
+                aside = self.folder / "args.unfinished"  # never a torn args.json
+                aside.write_text(content + "\n")
+                aside.replace(self.folder / "args.json")
+                (self.folder / "checkpoint").mkdir(exist_ok=True)
         self.mark = time.perf_counter()
         self.start = self.mark - self.elapsed
 
@@ -1340,66 +1120,60 @@ class Run:
             folder.mkdir(parents=True)
         return str(folder)
 
-    def write_whole(self, name: str, content: dict[str, Any]) -> None:
-        """Write a JSON file of the run folder, aside first, so that it is never torn."""
-        aside = self.folder / f"{name}.unfinished"
-        aside.write_text(json.dumps(content, indent=2) + "\n")
-        aside.replace(self.folder / name)
-
     def identity(self) -> dict[str, Any]:
         """What a run must have in common with the one that it resumes."""
-        flags, items = plain_args(self.args), hashlib.sha256()
-        file, dataset = Path(flags["task"]), self.task.train_dataset
-        if file.is_file():  # it may have moved: its name and contents count
-            del flags["task"]
+        items, dataset = hashlib.sha256(), self.task.train_dataset
         with attempting(f"the items of task {self.task.name!r} cannot be hashed"):
             options = {"default": lambda x: str(type(x)), "skipkeys": True}
             for k in range(len(dataset)):  # odd objects count by their type
                 items.update(json.dumps(dataset[k], **options).encode())
-        flags = {name: flags[name] for name in flags if name not in FREE_FLAGS}
-        return flags | {
+        file = None
+        with suppress(InputError):  # a task given from Python has no file
+            file = task_file(self.args)
+        return {
             "script": self.script,
             "number of ranks": ranks(),
             "task's name": self.task.name,
+            "task file's hash": digest(file) if file else None,
             "number of train items": len(dataset),
-            "hash of the train items": items.hexdigest()[:16],
-            "hash of the task file": digest(file) if file.is_file() else None,
+            "train items' hash": items.hexdigest()[:16],
         }
 
     def restore(self, identity: dict[str, Any]) -> dict[str, int]:
         """Take a run up where its newest checkpoint left it; returns its files' sizes then. One
         that was killed before its first checkpoint begins anew. Raises InputError where this
         run differs from that one, or its files do not fit."""
-        where, folder = repr(str(self.folder)), self.folder / "checkpoint"
-        failure = f"{where} cannot be resumed"
+        failure = f"{str(self.folder)!r} cannot be resumed"
+        folder = self.folder / "checkpoint"
         with attempting(failure):
-            was = json.loads((folder / "identity.json").read_text())
-            differences = ", ".join(differing(was, identity))
-            flags = json.loads((self.folder / "args.json").read_text())
-        require(not differences, f"{failure}: {differences}")
-        for difference in differing(flags, plain_args(self.args)):
-            say(f"resumed with another flag: {difference}")
+            was = json.loads((self.folder / "args.json").read_text())
+            was |= was.pop("flags")
+            now = identity | plain_args(self.args)
+            changes = [
+                f"{name} was {was.get(name)!r} and is {now[name]!r}"
+                for name in now
+                if name not in FREE_FLAGS and was.get(name) != now[name]
+            ]
+        require(not changes, f"{failure}: {', '.join(changes)}")
         state, self.checkpoints = read_checkpoint(folder)
         if state is None:
             finished = (self.folder / next(iter(self.learners))).exists()
-            require(not finished, f"{where} is finished and has no checkpoint")
-            say(f"{where} has no checkpoint yet and begins anew")
+            require(not finished, f"{failure}: it is finished and has no checkpoint")
             return {}
         with attempting(failure):
             for name, size in state["sizes"].items():
                 found = (self.folder / name).stat().st_size
-                require(found >= size, f"{name} is shorter than when {where} was saved")
+                require(found >= size, f"{failure}: {name} is shorter than when saved")
             for name, learner in self.learners.items():
                 for part, stateful in learner.parts().items():
                     stateful.load_state_dict(state["learners"][name][part])
         vars(self).update(state["run"])
         self.taken, self.random = state["ranks"][rank()]
         epochs, total = self.args.num_train_epochs, self.total_items
-        played = f"{where} has played {self.items} items"
-        few = f"num_train_epochs {epochs} has only {total}"
-        require(self.items <= total, f"{played}, and {few}")
-        if self.items == total:
-            say(f"{where} is finished: a larger num_train_epochs goes on")
+        few = f"it has played {self.items} items, and num_train_epochs {epochs} has {total}"
+        require(self.items <= total, f"{failure}: {few}")
+        if self.items == total and rank() == 0:
+            print(f"{self.folder} is finished: a larger num_train_epochs goes on")
         return state["sizes"]
 
     def save_checkpoint(self) -> None:
@@ -1434,7 +1208,7 @@ class Run:
 
             options = {"id": self.folder.name, "resume": "allow"}
             options |= {"name": self.folder.name, "config": plain_args(self.args)}
-            options |= json_object(self.args.wandb_config, "wandb_config")
+            options |= json_object(self.args, "wandb_config")
             self.wandb = wandb.init(**options)
         quiet = self.args.eval_only or not writes
         options = {"total": self.total_items, "initial": self.items, "disable": quiet}
@@ -1464,16 +1238,13 @@ class Run:
         if refused:
             place = f", rank {rank()}" if ranks() > 1 else ""
             error.args = (f"{error} (after update {self.updates}{place})",)
-        if error is None:
-            for sample in self.shown:
-                say(f"\n{side_by_side(sample)}")
-            say(f"\nrun folder: {self.folder}")
-        elif self.checkpoints and not refused:
-            say(f"go on with: {self.resume_command()}")
+        if rank() == 0 and error is None:
+            print(*(f"\n{side_by_side(sample)}" for sample in self.shown), sep="\n")
+            print(f"\nrun folder: {self.folder}")
+        elif rank() == 0 and self.checkpoints and not refused:
+            print(f"go on with: {self.resume_command()}")
         if self.joined and (error is None or isinstance(error, SystemExit)):
             dist.destroy_process_group()
-        if self.lock is not None:
-            os.close(self.lock)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.over.set()
@@ -1507,15 +1278,24 @@ class Run:
         start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
         return f"{start} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
 
-    def epochs(self) -> Iterator[Iterator[dict]]:
-        """For each epoch this rank's items, shuffled; from where the run stands."""
-        dataset = self.task.train_dataset
+    def buffers(self, play: Callable[[list[dict]], list[Sample]]) -> Iterator[list]:
+        """This rank's share of one buffer after another, from where the run stands: whole
+        episodes, by `play`, of as many items at once as the buffer is sure to need, until it
+        holds rollout_buffer_size samples or the epoch is over."""
+        args, dataset = self.args, self.task.train_dataset
+        size = math.ceil(args.rollout_buffer_size / ranks())
+        at_most = args.num_turns * args.num_generations  # samples of an item
         while self.items < self.total_items:
             if self.items % len(dataset) == 0:
                 self.order = gather(torch.randperm(len(dataset)).tolist())[0]
                 self.taken = 0
-            share = self.order[rank() :: ranks()][self.taken :]
-            yield (dataset[k] for k in share)
+            share = iter(self.order[rank() :: ranks()][self.taken :])
+            samples: list[Sample] = []
+            while needed := math.ceil(max(size - len(samples), 0) / at_most):
+                if not (places := list(islice(share, needed))):
+                    break
+                samples += play([dataset[k] for k in places])
+            yield samples  # maybe none, where only other ranks have items left
 
     def crossed(self, interval: int) -> bool:
         """Whether the last update passed a multiple of `interval` items, or was the last."""

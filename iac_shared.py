@@ -27,14 +27,12 @@ off-policy), GAE, a KL penalty, target networks. Source: CoMLRL, arXiv 2601.2197
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 import common
 from common import Learner, Sample, Task
@@ -47,15 +45,6 @@ Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
 @dataclass
 class Args(common.RunArgs):
     """The flags of this script, after those of every run."""
-
-    # the critic
-
-    value_head_hidden_dim: int | None = None
-    """Hidden units of the value heads; None = one linear layer."""
-    value_clip_range: float | None = 0.2
-    """Reach of V_clip in (5), which acts once minibatches are smaller; None = off."""
-    critic_type: str = "v"
-    """v: critics learn the value of a history; q: of a history and an action."""
 
     # episodes and generation
 
@@ -78,6 +67,12 @@ class Args(common.RunArgs):
 
     # learning
 
+    value_head_hidden_dim: int | None = None
+    """Hidden units of the value heads; None = one linear layer."""
+    value_clip_range: float | None = 0.2
+    """Reach of V_clip in (5), which acts once minibatches are smaller; None = off."""
+    critic_type: str = "v"
+    """v: critics learn the value of a history; q: of a history and an action."""
     agent_learning_rate: float = 2e-3
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
@@ -88,8 +83,6 @@ class Args(common.RunArgs):
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
     """Whiten the advantages over the buffer."""
-    num_train_epochs: int = 20
-    """Passes over the train dataset."""
     rollout_buffer_size: int = 64
     """Samples (a turn of an episode each) per agent to collect before an update."""
     train_batch_size: int | None = None
@@ -125,15 +118,15 @@ def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam
 def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
     """Left-pad the prompts and right-pad the completions: the model's inputs (B, L), and P.
     Positions count from each sample's first token, not from the padding."""
-    pad_id, device = learner.tokenizer.pad_token_id, learner.model.device
     completions = completions or [[]] * len(prompts)
     width, more = max(map(len, prompts)), max(map(len, completions))
-    rows, masks = [], []
+    rows = []
     for prompt, completion in zip(prompts, completions, strict=True):
         left, right = width - len(prompt), more - len(completion)
-        rows.append([pad_id] * left + prompt + completion + [pad_id] * right)
-        masks.append([0] * left + [1] * len(prompt + completion) + [0] * right)
-    ids, mask = torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+        rows.append([-1] * left + prompt + completion + [-1] * right)
+    ids = torch.tensor(rows, device=learner.model.device)  # (B, L), -1 is padding
+    mask = (ids >= 0).long()
+    ids = ids.masked_fill(mask == 0, learner.tokenizer.pad_token_id)
     places = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": places}, width
 
@@ -227,12 +220,12 @@ def sequence_logprobs(
 
 
 def collect(
-    actors: list[Learner], task: Task, items: list[dict], generations: int, args: Args
+    actors: list[Learner], task: Task, items: list[dict], args: Args
 ) -> list[Sample]:
-    """Play `generations` episodes of each item, all of them side by side. Returns the
+    """Play num_generations episodes of each item, all of them side by side. Returns the
     samples, episode after episode, turn after turn."""
     samples: list[Sample] = []
-    live = common.first_turn(task, items, generations, args)
+    live = common.first_turn(task, items, args)
     while live:
         for agent, actor in enumerate(actors):
             prompts = [sample.prompts[agent] for sample in live]
@@ -241,25 +234,10 @@ def collect(
                 completion_ids = generate(actor, prompt_ids, args)
             for sample, *ids in zip(live, prompt_ids, completion_ids, strict=True):
                 sample.add(actor, *ids)
-        common.end_turn(task, live, generations, args)
+        common.end_turn(task, live, args)
         samples += live
         live = common.next_turn(task, live, args)
     return sorted(samples, key=lambda sample: (sample.episode, sample.turn))
-
-
-def fill_buffer(
-    actors: list[Learner], task: Task, items: Iterator[dict], args: Args
-) -> list[Sample]:
-    """This rank's share of rollout_buffer_size, in whole episodes, while it has items.
-    Plays as many items at once as the buffer is sure to need."""
-    samples: list[Sample] = []
-    size = math.ceil(args.rollout_buffer_size / common.ranks())
-    while (missing := size - len(samples)) > 0:
-        needed = math.ceil(missing / (args.num_turns * args.num_generations))
-        if not (batch := list(islice(items, needed))):
-            break
-        samples += collect(actors, task, batch, args.num_generations, args)
-    return samples
 
 
 # ------------------------------------------------------- targets and advantages
@@ -284,12 +262,12 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
-    values = [torch.zeros(0)]
     size = args.micro_batch_size or args.train_batch_size
-    for part in common.slices(len(texts), size):
-        values.append(critic_values(critic, texts[part], args).cpu())
-    common.check_finite(critic, "value", torch.cat(values), texts)
-    return torch.cat(values)
+    parts = common.slices(len(texts), size)
+    values = [critic_values(critic, texts[part], args).cpu() for part in parts]
+    values = torch.cat([torch.zeros(0), *values])
+    common.check_finite(critic, "value", values, texts)
+    return values
 
 
 def td_targets(samples: list[Sample], values: Tensor, args: Args) -> Tensor:
@@ -304,27 +282,15 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
     """The actor's weights (3), whitened over all ranks' buffers if asked for: (B,)."""
     weights = targets - values if args.critic_type == "v" else values  # (3)
     everyones = torch.cat(common.gather(weights)).double()
-    if args.advantage_normalization and len(everyones) > 1:
+    if args.advantage_normalization and len(everyones) == 1:
+        warnings.warn("a buffer of one sample cannot be whitened", stacklevel=2)
+    elif args.advantage_normalization:
         centred = weights.double() - everyones.mean()  # equal ones become exactly 0
         weights = (centred / (everyones.std() + 1e-8)).float()
-    elif args.advantage_normalization:
-        message = "a buffer of one sample has no advantages to whiten"
-        warnings.warn(message, stacklevel=2)
     return weights
 
 
 # ----------------------------------------------------------------------- update
-
-
-def optimizer_step(learner: Learner, texts: Ids, args: Args) -> float:
-    """Clip the gradient, which came from `texts`, step; returns its norm before clipping."""
-    limit = args.max_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
-    what = f"gradient (of {len(texts)} texts, the first named)"
-    common.check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    return norm.item()
 
 
 def value_errors(values: Tensor, old: Tensor, targets: Tensor, args: Args) -> Tensor:
@@ -359,9 +325,7 @@ def update_actor(
         sums["policy_loss"] += loss.item()
         sums["entropy"] += bonus.item()
         sums["value_loss"] += value_loss.item()
-    losses = common.sum_over_ranks(actor, sums)
-    losses["actor_grad_norm"] = optimizer_step(actor, prompts, args)
-    return {f"{name}/{actor.name}": value for name, value in losses.items()}
+    return common.optimizer_step(actor, sums, prompts, args)
 
 
 def update(
@@ -393,7 +357,7 @@ def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
     samples: list[Sample] = []
     with common.fresh_randomness(args.seed + common.rank()):
         for items in common.evaluation_batches(task, args):
-            samples += collect(actors, task, items, 1, args)
+            samples += collect(actors, task, items, replace(args, num_generations=1))
     return samples
 
 
@@ -407,7 +371,7 @@ def train(args: Args, task: Task | None = None) -> Path:
     actor_names = common.model_names(args)
     common.refuse_critics(args)
     task = common.load_task(args, task)
-    common.seed_everything(args.seed)
+    set_seed(args.seed)
 
     actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
     critics = actors  # each agent's critic is its own model with a value head
@@ -422,11 +386,10 @@ def train(args: Args, task: Task | None = None) -> Path:
     with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
         if run.evaluation_due():
             run.log_evaluation(evaluate(actors, task, args))
-        for items in run.epochs():
-            while common.any_rank(samples := fill_buffer(actors, task, items, args)):
-                run.log_update(samples, update(actors, critics, samples, args))
-                if run.evaluation_due():
-                    run.log_evaluation(evaluate(actors, task, args))
+        for samples in run.buffers(lambda items: collect(actors, task, items, args)):
+            run.log_update(samples, update(actors, critics, samples, args))
+            if run.evaluation_due():
+                run.log_evaluation(evaluate(actors, task, args))
         run.save()
     return run.folder
 
