@@ -113,7 +113,8 @@ class RunArgs:
     """sum_to_target, a file of tests/tasks by its name, or a .py file with `task` or
     `make_task(args)`."""
     train_file: str | None = None
-    """JSON lines, an item each, in place of the task's own; the last tenth is for evaluation."""
+    """JSON lines, an item with a prompt each, in place of the task's own items; the last tenth is
+    for evaluation."""
     num_train_epochs: int = 20
     """Passes over the train dataset."""
     output_dir: str = "runs"
@@ -220,7 +221,9 @@ def check_args(args: Any) -> None:
             good = value is None or fits(value)
             require(good, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
-    halved = {"dtype", "torch_dtype"} & set(json_object(args, "model_config"))
+    halved = {"dtype", "torch_dtype"} & set(
+        json_object(args.model_config, "model_config")
+    )
     why = "weights are float32, and --dtype sets the compute type"
     require(not halved, f"model_config cannot set a dtype: {why}")
     both = args.resume is not None and args.eval_only
@@ -233,17 +236,16 @@ def check_args(args: Any) -> None:
             " cpu or cuda, without a number, and no agent_devices or critic_devices",
         )
     if args.wandb_config is not None:
-        json_object(args, "wandb_config")
+        json_object(args.wandb_config, "wandb_config")
         found = importlib.util.find_spec("wandb")
         require(found, "wandb_config needs the package wandb: pip install wandb")
 
 
-def json_object(args: Any, flag: str) -> dict[str, Any]:
+def json_object(text: str | dict, flag: str) -> dict[str, Any]:
     """The dict that a flag's JSON says, or is; InputError if it is anything else."""
-    text = value = getattr(args, flag)
-    if isinstance(text, str):
-        with suppress(json.JSONDecodeError):
-            value = json.loads(text)
+    value = text
+    with suppress(TypeError, json.JSONDecodeError):
+        value = json.loads(text)
     require(isinstance(value, dict), f"{flag} takes a JSON object, got {text!r:.100}")
     return value
 
@@ -454,6 +456,10 @@ def load_task(args: Any, task: Task | None) -> Task:
         failure = f"train_file {args.train_file!r} cannot be read"
         with attempting(failure), open(args.train_file, encoding="utf-8-sig") as file:
             items = [json.loads(line) for line in file if line.strip()]
+        texts = [item.get("prompt") if isinstance(item, dict) else 0 for item in items]
+        good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
+        wanted = "expected 2 items or more, each with a text as its prompt"
+        require(good, f"train_file {args.train_file!r}: {wanted}")
         kept = len(items) - math.ceil(len(items) / 10)
         task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
     name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
@@ -711,7 +717,7 @@ def load_model(
     for an actor, AutoModel for a critic's backbone. Each index gives a tiny model weights of
     its own. Of a checkpoint's generation config only the end-of-sequence ids count. Raises
     InputError if it cannot be loaded."""
-    options = json_object(args, "model_config")
+    options = json_object(args.model_config, "model_config")
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
     shared = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     hub |= {key: options[key] for key in shared if key in options}
@@ -860,7 +866,8 @@ def optimizer_step(
     check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
     learner.optimizer.step()
     learner.optimizer.zero_grad()
-    sums[f"{learner.name.split('_')[0]}_grad_norm"] = norm.item()
+    role = "critic" if learner.name.startswith("critic") else "actor"
+    sums = {**sums, f"{role}_grad_norm": norm.item()}
     return {f"{name}/{learner.name}": value for name, value in sums.items()}
 
 
@@ -1208,7 +1215,7 @@ class Run:
 
             options = {"id": self.folder.name, "resume": "allow"}
             options |= {"name": self.folder.name, "config": plain_args(self.args)}
-            options |= json_object(self.args, "wandb_config")
+            options |= json_object(self.args.wandb_config, "wandb_config")
             self.wandb = wandb.init(**options)
         quiet = self.args.eval_only or not writes
         options = {"total": self.total_items, "initial": self.items, "disable": quiet}

@@ -160,7 +160,7 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
     sampled, cache = [], None
     for _ in range(args.max_new_tokens):
-        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
         output = actor.model(**inputs, **options)
         probabilities = warp(output.logits[:, -1], args).softmax(-1)  # (B, V)
         common.check_finite(actor, "probability", probabilities[:, 0], prompts)
@@ -169,7 +169,7 @@ def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
         ended |= torch.isin(tokens[:, 0], end_ids)
         if ended.all():
             break
-        cache, places = output.past_key_values, inputs["position_ids"][:, -1:] + 1
+        cache, places = output.cache, inputs["position_ids"][:, -1:] + 1
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
     rows = torch.cat(sampled, dim=1).tolist()

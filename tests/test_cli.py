@@ -20,7 +20,7 @@ CASES = {
     "num_agents 0": (["--num-agents", "0"], "num_agents must be at least 1, got 0"),
     "agents": (
         ["--agents", "tiny", "tiny", "tiny"],
-        "agents lists 3 models for num_agents 2",
+        "agents lists 3, expected 2",
     ),
     "no transition": (
         ["--num-turns", "2", "--task", "length_ratio"],
@@ -30,8 +30,11 @@ CASES = {
         ["--task", "F:" + GOOD + ", formatters=[str])"],
         "1 formatters for 2 agents",
     ),
-    "unknown task": (["--task", "chess"], "unknown task 'chess'"),
-    "no file": (["--task", "nowhere.py"], "'nowhere.py' does not exist"),
+    "unknown task": (
+        ["--task", "chess"],
+        "no task 'chess': give sum_to_target, hidden_cards, ",
+    ),
+    "no file": (["--task", "nowhere.py"], "no task 'nowhere.py'"),
     "no task": (["--task", "F:x = 1"], "must define `task`"),
     "wrong task": (["--task", "F:task = 5"], "must define `task`"),
     "no model": (["--agent-model", "/no/such/model"], "cannot be loaded"),
@@ -77,11 +80,11 @@ CASES = {
     "save_interval": (["--save-interval", "-1"], "save_interval must be at least 0"),
     "nothing to resume": (
         ["--resume", "nowhere"],
-        "'nowhere' is not a run folder: it has no args.json",
+        "'nowhere' is no run of this script: [Errno 2] No such file",
     ),
     "devices": (
         ["--agent-devices", "cpu", "cpu", "cpu"],
-        "agent_devices lists 3 devices for 2 models",
+        "agent_devices lists 3, expected 2",
     ),
     "one agent": (
         ["--task", "length_ratio", "--num-agents", "1"],
@@ -124,7 +127,9 @@ def test_wrong_critics(script_name, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(module, [*arguments, "--output-dir", str(tmp_path)])
         assert stop.value.code == 2
-        expected = "value heads on the actors" if shared else "critics lists 3 models"
+        expected = (
+            "value heads on the actors" if shared else "critics lists 3, expected "
+        )
         assert expected in capsys.readouterr().err
 
 

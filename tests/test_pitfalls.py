@@ -177,7 +177,7 @@ def test_09_ends_are_flags_of_the_episode(script, tmp_path):
     task.reward_func = lambda a, b: [next(paid) for _ in a]
     args = tiny_args(script, tmp_path, num_turns=3, early_termination_threshold=0.5)
     actors = common.load_learners("agent", AutoModelForCausalLM, ["tiny", "tiny"], args)
-    samples = script.collect(actors, task, task.train_dataset[:4], 1, args)
+    samples = script.collect(actors, task, task.train_dataset[:4], args)
     assert {(s.turn, s.reward > 0.5) for s in samples if s.done} <= {
         (turn, True) for turn in range(3)
     } | {(2, False)}
@@ -207,11 +207,12 @@ def test_10_targets_are_formed_before_whitening_and_once(script):
         seen.update({s.reward: w for s, w in zip(chosen, row.tolist(), strict=True)})
         return {}
 
+    learner = SimpleNamespace(name="agent_0")
     script.update_actor, script.estimate_values = spy, lambda *_: values
     restore = script.critic_texts, getattr(script, "update_critic", None)
     script.critic_texts, script.update_critic = lambda *_: [[2]] * 4, lambda *_: {}
     try:
-        script.update(["actor"], ["critic"], samples, args)
+        script.update([learner], [learner], samples, args)
     finally:
         import importlib
 
@@ -285,7 +286,7 @@ def test_14_the_sampled_ids_are_trained_on(script, tmp_path):
 
     script.generate = spy
     try:
-        samples = script.collect(actors, task, task.train_dataset, 1, args)
+        samples = script.collect(actors, task, task.train_dataset, args)
     finally:
         script.generate = original
     for agent in range(2):
@@ -308,7 +309,7 @@ def test_15_each_model_reads_with_its_own_tokenizer(script, tmp_path):
     actors = common.load_learners("agent", AutoModelForCausalLM, names, args)
     items = [{"prompt": "ab"}]
     task = common.Task(items, lambda one, two: [0.0] * len(one))
-    samples = script.collect(actors, task, items, 1, args)
+    samples = script.collect(actors, task, items, args)
     assert [s.prompt_ids for s in samples] == [[[69, 70], [70, 69]]]
     if script.__name__ != "iac_shared":
         critic = common.load_learners(
@@ -368,7 +369,7 @@ def test_18_metrics_are_means_over_the_update(script, tmp_path):
     for critic in critics:
         critic.value_head = script.value_head(critic, None)
         critic.optimizer = Recorder(critic.model.parameters())
-    samples = script.collect(actors, task, task.train_dataset, 1, args)
+    samples = script.collect(actors, task, task.train_dataset, args)
     for k, one in enumerate(samples):
         one.reward = float(k)
     critics = {"maac": critics[:1], "iac_shared": actors}.get(script.__name__, critics)

@@ -331,19 +331,22 @@ def test_devices(script, tmp_path, monkeypatch):
         common, "pick_device", lambda name: places.append(name) or pick(name[:3])
     )
     args = script.Args(device="cpu", agent_devices=("cpu:0", "cpu:1"))
-    common.load_learners(
-        "agent", common.transformers.AutoModelForCausalLM, ["tiny"] * 2, args
-    )
+
+    def load(role, count, args):
+        auto_class = common.transformers.AutoModelForCausalLM
+        common.load_learners(role, auto_class, ["tiny"] * count, args)
+
+    load("agent", 2, args)
     assert places == ["cpu:0", "cpu:1"]
-    common.pick_devices("critic_devices", 1, args)
-    common.pick_devices("critic_devices", 2, replace(args, critic_devices=("cpu:5",)))
+    load("critic", 1, args)
+    load("critic", 2, replace(args, critic_devices=("cpu:5",)))
     assert places[2:] == ["cpu:0", "cpu:5", "cpu:5"]
-    with pytest.raises(common.InputError, match="agent_devices lists 2 devices for 3"):
-        common.pick_devices("agent_devices", 3, args)
+    load("agent", 2, script.Args(device="cpu:7"))
+    assert places[5:] == ["cpu:7", "cpu:7"]
+    with pytest.raises(common.InputError, match="agent_devices lists 2, expected 3"):
+        load("agent", 3, args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        common.InputError, match="agent_devices place the models of one"
-    ):
+    with pytest.raises(common.InputError, match="and no agent_devices"):
         script.train(args, small_task())
-    with pytest.raises(common.InputError, match="one for all the processes"):
+    with pytest.raises(common.InputError, match="without a number"):
         script.train(script.Args(device="cpu:0"), small_task())

@@ -193,8 +193,8 @@ def test_command(command, project, request):
         words[words.index(".cache/smollm2")] = request.getfixturevalue("smollm2")
         words[words.index("--max-new-tokens") + 1] = "8"
         (project / "small.py").write_text(
-            "from common import length_ratio\n\ndef make_task(args):\n"
-            "    task = length_ratio(args)\n    task.train_dataset = task.train_dataset[:16]\n"
+            "import common\n\ndef make_task(args):\n"
+            "    args.task = 'length_ratio'\n    task = common.load_task(args, None)\n    task.train_dataset = task.train_dataset[:16]\n"
             "    return task\n"
         )
         if "length_ratio" in words:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from conftest import tiny_args
+from tasks import length_ratio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -22,7 +23,7 @@ REAL = {
 
 
 def short_length_ratio(args):
-    task = common.length_ratio(args)
+    task = length_ratio.make_task(args)
     return replace(
         task, train_dataset=task.train_dataset[:8], eval_dataset=task.eval_dataset[:2]
     )

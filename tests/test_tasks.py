@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from tasks import hidden_cards, length_ratio
 
 import common
 
@@ -43,7 +44,7 @@ def test_sum_to_target_tells_each_agent_its_own_number_and_the_sum():
 
 
 def test_length_ratio_rewards_by_hand():
-    task = common.length_ratio(TWO)
+    task = length_ratio.make_task(TWO)
     short = "ab" * 5  # 10 characters
     lengths = [0, 5, 10, 20, 25, 30, 40, 50, 90]
     expected = [-1, 0.25, 0.5, 1, 1, 1, 0.5, 0, 0]
@@ -53,12 +54,12 @@ def test_length_ratio_rewards_by_hand():
     three = task.reward_func(["a" * 10], ["b" * 20], ["c" * 20])
     assert three == pytest.approx([(1 + 0.5) / 2])
     with pytest.raises(common.InputError, match="two|2"):
-        common.length_ratio(SimpleNamespace(num_agents=1))
+        length_ratio.make_task(SimpleNamespace(num_agents=1))
 
 
 def test_hidden_cards_by_hand():
     """Cards 2 and 7; a right answer is a digit of the card's half; luck (2 + 7 - 9) / 3 = 0."""
-    task = common.hidden_cards(SimpleNamespace(num_agents=2, num_turns=2))
+    task = hidden_cards.make_task(SimpleNamespace(num_agents=2, num_turns=2))
     first, second = task.formatters
     item = {"prompt": "", "cards": [2, 7]}
     asked = [first(item), second(item)]
@@ -88,7 +89,7 @@ def test_hidden_cards_by_hand():
 
 def test_the_luck_of_hidden_cards_has_the_predicted_variance():
     """Of a uniform card: 8.25, of a third of it 8.25 / 9; the mean is 0."""
-    task = common.hidden_cards(SimpleNamespace(num_agents=3, num_turns=1))
+    task = hidden_cards.make_task(SimpleNamespace(num_agents=3, num_turns=1))
     luck = [
         sum(card - 4.5 for card in item["cards"]) / 3 for item in task.train_dataset
     ]

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import ROOT, tiny_args
+from tasks import tldr
 
 import common
 
@@ -38,7 +39,7 @@ def style(before="", shared=0):
     unique words or more, in 400 and 1200 characters. The levels below it pay 0.5 + 1 + 0.5.
     """
     longer = made([*range(shared), *range(100, 250)], 1200, before)
-    return common.tldr_reward(made(range(50), 400), longer) - 2.0
+    return tldr.tldr_reward(made(range(50), 400), longer) - 2.0
 
 
 # The number of words. Both texts have as many characters, so that level 2 pays nothing.
@@ -49,17 +50,17 @@ def style(before="", shared=0):
 )
 def test_level_1_both_have_8_to_256_words(words, expected):
     text, other = made(range(words), 1300) if words else "", made(range(100), 1300)
-    assert common.tldr_reward(text, text) == expected
-    assert common.tldr_reward(text, other) == expected
-    assert common.tldr_reward(other, text) == expected
+    assert tldr.tldr_reward(text, text) == expected
+    assert tldr.tldr_reward(text, other) == expected
+    assert tldr.tldr_reward(other, text) == expected
 
 
 def test_level_1_counts_what_stands_between_white_space():
     seven = "a-b c.d e'f g/h i,j k+l m=n"  # 14 words, but for the white space
-    assert common.tldr_reward(seven, seven) == 0
-    assert common.tldr_reward(f"{seven} -", f"{seven} -") == 0.5
+    assert tldr.tldr_reward(seven, seven) == 0
+    assert tldr.tldr_reward(f"{seven} -", f"{seven} -") == 0.5
     lines = "\n".join("abcdefgh")
-    assert common.tldr_reward(lines, lines.replace("\n", "\t")) == 0.5
+    assert tldr.tldr_reward(lines, lines.replace("\n", "\t")) == 0.5
 
 
 # The ratio in characters. 8 words and 8 others, so that level 3 stops at 1.
@@ -88,7 +89,7 @@ def test_level_1_counts_what_stands_between_white_space():
 )
 def test_level_2_the_ratio_in_characters(characters, expected):
     texts = made(range(8), 1000), made(range(8, 16), characters)
-    assert common.tldr_reward(*texts) == pytest.approx(0.5 + expected, abs=1e-9)
+    assert tldr.tldr_reward(*texts) == pytest.approx(0.5 + expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_level_2_stops_outside_its_bounds(characters, goes_on):
     """16 new words for 8 are worth 0.5 at level 3, if it is reached."""
     texts = made(range(8), 1000), made(range(8, 24), characters)
     expected = 0.5 + 0.5 * goes_on
-    assert common.tldr_reward(*texts) == pytest.approx(expected, abs=1e-9)
+    assert tldr.tldr_reward(*texts) == pytest.approx(expected, abs=1e-9)
 
 
 # The ratio in unique words, of 20 and of texts twice as long: 0.5 + 1 before level 3.
@@ -121,14 +122,14 @@ def test_level_2_stops_outside_its_bounds(characters, goes_on):
 )
 def test_level_3_the_ratio_in_unique_words(unique, expected):
     texts = made(range(20), 400), made(range(100, 100 + unique), 800)
-    assert common.tldr_reward(*texts) == pytest.approx(1.5 + expected, abs=1e-9)
+    assert tldr.tldr_reward(*texts) == pytest.approx(1.5 + expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("unique, goes_on", [(25, False), (26, True), (40, True)])
 def test_level_3_stops_below_its_bound(unique, goes_on):
     """Two words in common, of at most 58, are worth 0.6 at level 4, if it is reached."""
     numbers = [0, 1, *range(100, 98 + unique)]
-    reward = common.tldr_reward(made(range(20), 400), made(numbers, 800))
+    reward = tldr.tldr_reward(made(range(20), 400), made(numbers, 800))
     expected = 1.5 + 0.5 * (unique == 40) + 0.6 * goes_on
     assert reward == pytest.approx(expected, abs=1e-9)
 
@@ -136,11 +137,11 @@ def test_level_3_stops_below_its_bound(unique, goes_on):
 def test_level_3_counts_a_word_once():
     """20 words are 20 words, written four times or with a comma too."""
     first, again = made(range(20), 200), [*range(100, 120)] * 4
-    assert common.tldr_reward(first, made(again, 400)) == 1.5
+    assert tldr.tldr_reward(first, made(again, 400)) == 1.5
     commas = made(range(100, 120), 400, ", ".join(f"w{n}" for n in range(100, 120)))
-    assert common.tldr_reward(first, commas) == pytest.approx(1.5)  # 21 / 20
+    assert tldr.tldr_reward(first, commas) == pytest.approx(1.5)  # 21 / 20
     repeated = made([*range(10)] * 2, 99)  # 10 unique words, and 20 in the longer one
-    assert common.tldr_reward(repeated, made(range(100, 120), 198)) == 2.0
+    assert tldr.tldr_reward(repeated, made(range(100, 120), 198)) == 2.0
 
 
 # The transition words: no word in common, so that all of level 4 comes from them.
@@ -163,7 +164,7 @@ def test_level_4_counts_a_category_once():
 
 def test_level_4_reads_the_longer_text_only():
     summary = made(range(50), 400, "thus however finally overall certainly")
-    assert common.tldr_reward(summary, made(range(100, 250), 1000)) == 2.0
+    assert tldr.tldr_reward(summary, made(range(100, 250), 1000)) == 2.0
 
 
 def test_transition_words_are_whole_words():
@@ -191,7 +192,7 @@ def test_transition_phrases_are_whole_phrases(text):
 
 
 def test_no_transition_word_counts_for_two_categories():
-    phrases = {k: text.split(", ") for k, text in common.TRANSITIONS.items()}
+    phrases = {k: text.split(", ") for k, text in tldr.TRANSITIONS.items()}
     assert len(phrases) == 12
     for category, own in phrases.items():
         for phrase in own:
@@ -221,7 +222,7 @@ def test_stop_words_are_not_words_in_common():
         for shared, expected in ((0, 0), (3, 0.3)):
             longer = made([*range(shared), *range(100, 250)], 900, before)
             for summary in (made(range(50), 300), made(range(50), 300, before)):
-                reward = common.tldr_reward(summary, longer)
+                reward = tldr.tldr_reward(summary, longer)
                 assert reward == pytest.approx(2.0 + expected, abs=1e-9)
 
 
@@ -234,7 +235,7 @@ def test_odd_texts_are_paid_a_number():
     odd = ["", " " * 9, ". " * 9, "the " * 9, "\n\t" * 9, "\u00e9 " * 9, "\u4e16 " * 99]
     for summary in odd:
         for longer in odd:
-            assert 0 <= common.tldr_reward(summary, longer) <= 2.98 + 1e-9
+            assert 0 <= tldr.tldr_reward(summary, longer) <= 2.98 + 1e-9
 
 
 # The task
@@ -281,7 +282,7 @@ def test_blank_lines_and_other_alphabets(tmp_path):
     assert items == [{"prompt": "\u00e9"}, {"prompt": "\u4e16"}]
 
 
-UNUSABLE = "expected 2 posts or more, each with a text as its prompt"
+UNUSABLE = "expected 2 items or more, each with a text as its prompt"
 GOOD = b'{"prompt": "x"}\n'
 
 
@@ -331,9 +332,7 @@ def test_a_byte_order_mark_and_line_separators_are_text(tmp_path):
 
 def test_a_summary_without_a_word_ends_at_the_third_level():
     """Eight dots (15 characters) and 31 characters of eight words: 0.5 + (31/15 - ...) = 1.5."""
-    assert (
-        common.tldr_reward(" ".join("." * 8), "aaa bbb ccc ddd eee fff ggg hhh") == 1.5
-    )
+    assert tldr.tldr_reward(" ".join("." * 8), "aaa bbb ccc ddd eee fff ggg hhh") == 1.5
 
 
 def test_a_run_on_posts_of_ones_own(tmp_path):
@@ -346,7 +345,7 @@ def test_a_run_on_posts_of_ones_own(tmp_path):
     assert folder.name.startswith("maac__tldr__1__")
     lines = (folder / "samples.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
-        assert line["reward"] == common.tldr_reward(*line["completions"])
+        assert line["reward"] == tldr.tldr_reward(*line["completions"])
         for messages in line["prompts"]:
             assert [m["role"] for m in messages] == ["user"]
             assert messages[0]["content"].startswith("post ")
@@ -376,6 +375,7 @@ def test_without_a_file_it_is_the_dataset(monkeypatch):
     args = SimpleNamespace(**{**vars(ARGS), "train_file": None})
     task = common.load_task(args, None)
     assert asked == [("trl-lib/tldr",)]
+    args = importlib.import_module("maac").Args(task="tldr")
     assert task.train_dataset is splits["train"]
     assert task.eval_dataset is splits["validation"]
     texts = [
@@ -396,21 +396,12 @@ def test_without_datasets_it_says_what_to_install(monkeypatch):
     assert "pip install datasets" in sentence and "train_file" in sentence
 
 
-@pytest.mark.parametrize("task", ["sum_to_target", "length_ratio", "hidden_cards"])
-def test_a_train_file_for_another_task_is_refused(task):
-    args = SimpleNamespace(**{**vars(ARGS), "task": task})
-    assert f"train_file holds posts for tldr, and the task is {task}" in refused(args)
-
-
-def test_a_task_file_may_read_the_train_file(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from common import Task\ndef make_task(args):\n"
-        "    return Task([{'prompt': args.train_file}], lambda a, b: [0.0])\n"
-    )
-    args = SimpleNamespace(**{**vars(ARGS), "task": str(path)})
+def test_a_train_file_takes_the_place_of_any_task_s_items(tmp_path):
+    items = [{"prompt": f"target {n}\n", "target": n} for n in range(4)]
+    args = write_posts(tmp_path / "items.jsonl", items)
+    args.task = "sum_to_target"
     task = common.load_task(args, None)
-    assert task.train_dataset == [{"prompt": str(POSTS)}]
+    assert [task.train_dataset, task.eval_dataset] == [items[:3], items[3:]]
 
 
 # The posts of these tests

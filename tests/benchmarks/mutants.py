@@ -47,7 +47,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (17, "values unchecked", "    check_numbers(rewards, who)\n    if task", "    if task", "test_17"),
     (18, "the last minibatch's metrics", 'metrics[f"losses/{name}"] += value * share', 'metrics[f"losses/{name}"] = value', "test_18"),
     (19, "float32 whitening", "centred = weights.double() - everyones.mean()", "centred = weights - weights.sum() / len(weights)", "test_19"),
-    (19, "whitening of one sample", "args.advantage_normalization and len(everyones) > 1", "args.advantage_normalization", "test_19"),
+    (19, "whitening of one sample", "args.advantage_normalization and len(everyones) == 1", "False", "test_19"),
     (20, "no optimizer", '("model", "value_head", "optimizer")', '("model", "value_head")', "test_20"),
     (20, "no random states", "self.taken, self.random = state[\"ranks\"][rank()]", "self.taken, _ = state[\"ranks\"][rank()]", "test_20"),
     (20, "no place in the data", "[rank() :: ranks()][self.taken :]", "[rank() :: ranks()]", "test_20"),

@@ -4,8 +4,8 @@
         "prompts": ["a", "b"], "num_agents": 2, "config": {"rollout_buffer_size": 16}}'
 
 agents: one folder for all, or one each; critics: the same, the agents' if not given; task:
-vowels, which pays the share of vowels in a joint completion for the prompts given, or a
-built-in task of common.py. Prints one JSON line: the seconds of training alone, the tokens
+vowels, which pays the share of vowels in a joint completion for the prompts given, or
+sum_to_target. Prints one JSON line: the seconds of training alone, the tokens
 of every completion, and the reward of every item.
 """
 
@@ -69,9 +69,9 @@ def main(spec: dict) -> dict:
     items, reward = [{"prompt": text} for text in spec.get("prompts", [])], vowels
     if spec["task"] != "vowels":
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from common import TASKS
+        from common import sum_to_target
 
-        task = TASKS[spec["task"]](SimpleNamespace(num_agents=count, num_turns=1))
+        task = sum_to_target(SimpleNamespace(num_agents=count, num_turns=1))
         items, reward = task.train_dataset, task.reward_func
     trainer = trainer_class(
         agents=agents,

@@ -72,7 +72,7 @@ def asking(request: str):
 def make_task(args) -> Task:
     """The task for two agents; InputError for another number, or where there are no posts."""
     require(args.num_agents == 2, "task tldr is for two agents: num_agents must be 2")
-    splits = {"train": [], "validation": []}  # --train-file takes their place
+    posts, held_out = [], []  # --train-file takes their place
     if args.train_file is None:
         found = importlib.util.find_spec("datasets")
         needs = "task tldr needs the package datasets (pip install datasets), or a train_file"
@@ -81,13 +81,14 @@ def make_task(args) -> Task:
 
         with attempting("dataset trl-lib/tldr cannot be loaded (give a train_file?)"):
             splits = load_dataset("trl-lib/tldr")
+            posts, held_out = splits["train"], splits["validation"]
     requests = (
         "Summarise this post in one short sentence.",
         "Summarise this post in three sentences, joined by transition words.",
     )
     return Task(
-        splits["train"],
+        posts,
         lambda *texts: [tldr_reward(*pair) for pair in zip(*texts, strict=True)],
-        splits["validation"],
+        held_out,
         formatters=list(map(asking, requests)),
     )
