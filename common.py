@@ -202,7 +202,8 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     if args.resume is None:
         return args
     with attempting(f"{args.resume!r} is no run of this script"):
-        saved = json.loads((Path(args.resume) / "args.json").read_text())["flags"]
+        saved = json.loads((Path(args.resume) / "args.json").read_text())
+        del saved["identity"]
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         run = args_class(**saved)
     return tyro.cli(args_class, args=arguments, default=run)
@@ -1090,7 +1091,7 @@ class Run:
         self.seconds: Counter[str] = Counter()  # by phase, since the last line
         self.train_seconds = self.elapsed = 0.0
         self.shown: list[Sample] = []
-        self.tensorboard = self.wandb = None
+        self.tensorboard = self.wandb = self.lock = None
         self.checkpoints: list[Path] = []  # that are whole, oldest first
         self.stop = 0  # the signal that asked for it
         if rank() > 0:
@@ -1103,16 +1104,21 @@ class Run:
         folder = args.resume or (self.make_folder() if rank() == 0 else None)
         self.folder = Path(gather(folder)[0])
         sizes = self.restore(identity) if args.resume else {}
-        with attempting(f"run folder {str(self.folder)!r} cannot be written"):
-            for name in self.FILES if rank() == 0 else ():
-                with open(self.folder / name, "ab") as file:
-                    file.truncate(sizes.get(name, 0))
-            if rank() == 0:
-                content = json.dumps(identity | {"flags": plain_args(args)}, indent=2)
+        failure = f"run folder {str(self.folder)!r} cannot be written, or is in use"
+        if rank() == 0:
+            with attempting(failure):
+                self.lock = open(self.folder / "lock", "w")  # noqa: SIM115 - until the end
+                with suppress(ImportError):  # on Windows nothing is locked
+                    import fcntl
+
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for name in self.FILES:
+                    with open(self.folder / name, "ab") as file:
+                        file.truncate(sizes.get(name, 0))
+                content = plain_args(args) | {"identity": identity}
                 aside = self.folder / "args.unfinished"  # never a torn args.json
-                aside.write_text(content + "\n")
+                aside.write_text(json.dumps(content, indent=2) + "\n")
                 aside.replace(self.folder / "args.json")
-                (self.folder / "checkpoint").mkdir(exist_ok=True)
         self.mark = time.perf_counter()
         self.start = self.mark - self.elapsed
 
@@ -1154,7 +1160,7 @@ class Run:
         folder = self.folder / "checkpoint"
         with attempting(failure):
             was = json.loads((self.folder / "args.json").read_text())
-            was |= was.pop("flags")
+            was |= was.pop("identity")
             now = identity | plain_args(self.args)
             changes = [
                 f"{name} was {was.get(name)!r} and is {now[name]!r}"
@@ -1189,6 +1195,7 @@ class Run:
         if rank() == 0:
             folder = self.folder / "checkpoint"
             with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
+                folder.mkdir(exist_ok=True)
                 for name in self.FILES:
                     with open(self.folder / name, "ab") as file:
                         os.fsync(file.fileno())
@@ -1252,6 +1259,8 @@ class Run:
             print(f"go on with: {self.resume_command()}")
         if self.joined and (error is None or isinstance(error, SystemExit)):
             dist.destroy_process_group()
+        if self.lock is not None:
+            self.lock.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.over.set()

@@ -79,7 +79,7 @@ class Args(common.RunArgs):
     """Learning rate of the critics, value heads included (Adam)."""
     value_loss_coef: float = 1.0
     """Weight of the critic loss."""
-    entropy_coef: float = 0.15
+    entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
     """Whiten the advantages over the buffer."""

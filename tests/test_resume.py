@@ -286,11 +286,9 @@ def test_the_command_line_takes_the_flags_of_the_run(script, tmp_path, monkeypat
     more = ["--resume", args.resume, "--num-train-epochs", "7", "--agents", "a", "b"]
     parsed = common.parse_args(script.Args, more)
     assert parsed == replace(args, num_train_epochs=7, agents=("a", "b"))
-    for text in ("", "{", '{"colour": 1}', "[]"):
+    for text in ("", "{", '{"colour": 1, "identity": {}}', "[]"):
         (Path(args.resume) / "args.json").write_text(text)
-        expected = (
-            "another script: it has colour" if "colour" in text else "cannot be loaded"
-        )
+        expected = "no run of this script"
         with pytest.raises(common.InputError, match=expected):
             common.parse_args(script.Args, ["--resume", args.resume])
 
@@ -538,7 +536,9 @@ def test_a_run_that_is_under_way_is_not_resumed(script, tmp_path, capsys):
         if not folders:
             folders.extend(tmp_path.iterdir())
             args = tiny_args(script, tmp_path, resume=str(folders[0]))
-            with pytest.raises(common.InputError, match="another run is writing in"):
+            with pytest.raises(
+                common.InputError, match="is in use: .*temporarily unavailable"
+            ):
                 script.train(args, task)
         return [0.5] * len(firsts)
 
@@ -551,7 +551,7 @@ def test_a_run_that_is_under_way_is_not_resumed(script, tmp_path, capsys):
     args = tiny_args(script, tmp_path, resume=str(folder), log_samples=1)
     script.train(args, task)
     out = capsys.readouterr().out
-    assert "another flag: log_samples was 2 and is 1" in out and "is finished" in out
+    assert "is finished" in out
 
 
 def test_a_moved_task_file(script, tmp_path):
