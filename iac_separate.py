@@ -72,9 +72,9 @@ class Args(common.RunArgs):
     agent_learning_rate: float = 2e-3
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
-    """Learning rate of the critics, value heads included (Adam)."""
+    """Learning rate of the critics (Adam); of an actor's own value head, of that alone."""
     value_loss_coef: float = 1.0
-    """Weight of the critic loss."""
+    """Weight of the critic loss; to a critic with an Adam of its own, under clipping only."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
@@ -94,7 +94,7 @@ class Args(common.RunArgs):
 
 def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     """Hidden states (B, H) -> values (B,); zero until it learns."""
-    hidden_size = learner.model.config.hidden_size
+    hidden_size = learner.model.config.get_text_config().hidden_size
     layers = [nn.Linear(hidden_size, hidden_dim), nn.Tanh()] if hidden_dim else []
     out = nn.Linear(hidden_dim or hidden_size, 1)
     nn.init.zeros_(out.weight)

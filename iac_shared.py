@@ -76,9 +76,9 @@ class Args(common.RunArgs):
     agent_learning_rate: float = 2e-3
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
-    """Learning rate of the critics, value heads included (Adam)."""
+    """Learning rate of the critics (Adam); of an actor's own value head, of that alone."""
     value_loss_coef: float = 1.0
-    """Weight of the critic loss."""
+    """Weight of the critic loss; to a critic with an Adam of its own, under clipping only."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
@@ -98,7 +98,7 @@ class Args(common.RunArgs):
 
 def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     """Hidden states (B, H) -> values (B,); zero until it learns."""
-    hidden_size = learner.model.config.hidden_size
+    hidden_size = learner.model.config.get_text_config().hidden_size
     layers = [nn.Linear(hidden_size, hidden_dim), nn.Tanh()] if hidden_dim else []
     out = nn.Linear(hidden_dim or hidden_size, 1)
     nn.init.zeros_(out.weight)
@@ -379,9 +379,8 @@ def train(args: Args, task: Task | None = None) -> Path:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
         actor.optimizer = adam(actor, args.agent_learning_rate, args)
     common.restore_heads(critics, args)
-    for first in common.first_samples(task, actors, args):
-        for agent, critic in enumerate(critics):
-            critic_texts(critic, first, agent, args)  # refuses what is too long
+    for _ in common.first_samples(task, actors, args):
+        pass  # it refuses what is too long to read
 
     with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
         if run.evaluation_due():

@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # two processes with two threads each fight for cores
+)
+
 import pytest
 import torch
 from transformers import (

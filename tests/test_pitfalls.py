@@ -2,6 +2,8 @@
 out and sees its test fail, and names each by its number."""
 
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -405,8 +407,9 @@ def test_19_a_buffer_of_one_is_left_as_it_is(script):
 
 
 def test_21_tests_run_on_one_thread():
-    assert torch.get_num_threads() == 1
-    assert "OMP_NUM_THREADS" in (ROOT / "tests" / "test_readme.py").read_text()
+    code = "import torch; print(torch.get_num_threads())"
+    theirs = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert torch.get_num_threads() == int(theirs) == 1
 
 
 def test_every_mutant_still_finds_what_it_breaks():

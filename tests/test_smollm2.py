@@ -30,7 +30,6 @@ def short_length_ratio(args):
 
 
 def test_training_moves_a_real_model(script, smollm2, tmp_path):
-    torch.set_num_threads(2)
     critics = {} if script.__name__ == "iac_shared" else {"critic_model": "tiny"}
     args = tiny_args(script, tmp_path, agent_model=smollm2, **{**REAL, **critics})
     folder = script.train(args, short_length_ratio(args))
@@ -42,12 +41,10 @@ def test_training_moves_a_real_model(script, smollm2, tmp_path):
     assert (moved > 0).float().mean() > 0.5
     first = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
     assert first["prompts"][0][0]["role"] == "user"
-    torch.set_num_threads(1)
 
 
 def test_log_probabilities_are_those_of_generate(script, smollm2):
     """Of the library's own sampling, token by token: the second method, on a real model."""
-    torch.set_num_threads(2)
     args = script.Args(temperature=0.7, top_k=50, top_p=0.9, device="cpu")
     actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], args)[0]
     actor.value_head = script.value_head(actor, None)
@@ -79,7 +76,6 @@ def test_log_probabilities_are_those_of_generate(script, smollm2):
             0
         ][1]
     assert abs(ours.item() - theirs) < 1e-3
-    torch.set_num_threads(1)
 
 
 def test_bfloat16_keeps_log_probabilities(script, smollm2):
@@ -88,7 +84,6 @@ def test_bfloat16_keeps_log_probabilities(script, smollm2):
     A logit between 16 and 32 is rounded to a multiple of 1/8, so a token in a hundred is off by
     a little more than 0.1 nat.
     """
-    torch.set_num_threads(2)
     args = script.Args(device="cpu", max_new_tokens=32, entropy_coef=0.0)
     actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], args)[0]
     actor.value_head = script.value_head(actor, None)
@@ -98,21 +93,18 @@ def test_bfloat16_keeps_log_probabilities(script, smollm2):
     ]
     prompts = common.encode(actor, chats)
     torch.manual_seed(0)
-    before, tokens = [], []
-    for prompt, text in zip(
-        prompts, script.generate(actor, prompts, args), strict=True
-    ):
-        before += [prompt + text[:k] for k in range(len(text))]
-        tokens += [[token] for token in text]
-    assert len(tokens) > 30
-    with torch.no_grad():
-        exact, half = (
-            script.sequence_logprobs(actor, before, tokens, replace(args, dtype=dtype))[
-                0
-            ]
-            for dtype in ("float32", "bfloat16")
-        )
-    torch.set_num_threads(1)
+    completions = script.generate(actor, prompts, args)
+    inputs, width = script.pad_batch(actor, prompts, completions)
+    tokens = inputs["input_ids"][:, width:]
+    mask = inputs["attention_mask"][:, width:].bool()
+    assert mask.sum() > 30
+
+    def logprobs(dtype):
+        with torch.no_grad(), common.autocast(actor, replace(args, dtype=dtype)):
+            logits = actor.model(**inputs, use_cache=False).logits[:, width - 1 : -1]
+            return script.token_logprobs(logits, tokens, args)[0][mask]
+
+    exact, half = map(logprobs, ("float32", "bfloat16"))
     off = (exact - half).abs()
     assert 0 < off.mean() < 0.03 and off.max() < 0.2
     assert (off < 0.1).float().mean() > 0.97

@@ -65,7 +65,8 @@ class Setting:
 SETTINGS = {
     "two_agents": Setting("", 0.8),
     "as_comlrl": Setting(
-        "--entropy-coef 0 --max-grad-norm 0 --num-train-epochs 10", 0.8
+        "--entropy-coef 0 --max-grad-norm 0 --num-generations 4 --num-train-epochs 3",
+        0.8,
     ),
     "three_agents": Setting("--num-agents 3", 0.8),
     "two_turns": Setting(
@@ -109,8 +110,6 @@ class Args:
     """Seeds of the runs; the defaults were chosen on 1 to 10 and 101 to 104."""
     reference: bool = False
     """Run CoMLRL too, as another algorithm of as_comlrl."""
-    reference_epochs: int = 10
-    """Epochs of CoMLRL's runs, as many as those of as_comlrl."""
     environment: Path = Path(".cache/comlrl")
     """Where CoMLRL is installed."""
     model: str = ".cache/smollm2"
@@ -175,11 +174,12 @@ def reference(script: str, seed: int, args: Args) -> dict:
     import common
     import maac
 
-    ours = maac.Args(device="cpu", seed=seed)
+    flags = shlex.split(f"{SETTINGS['as_comlrl'].flags} {args.flags} --device cpu")
+    ours = tyro.cli(maac.Args, args=[*flags, "--seed", str(seed)])
     same = "rollout_buffer_size max_new_tokens temperature top_p value_loss_coef"
     same += " agent_learning_rate critic_learning_rate advantage_normalization"
-    config = {name: getattr(ours, name) for name in same.split()}
-    config |= {"top_k": 0, "num_train_epochs": args.reference_epochs}
+    same += " num_generations num_train_epochs"
+    config = {name: getattr(ours, name) for name in same.split()} | {"top_k": 0}
     config |= {} if script == "maac" else {"value_clip_range": 0.2}
     with tempfile.TemporaryDirectory() as scratch:
         for role, auto_class in (
@@ -203,9 +203,9 @@ def reference(script: str, seed: int, args: Args) -> dict:
             env={**threads(args), "CUDA_VISIBLE_DEVICES": ""},
         )
     result = json.loads(done.stdout.splitlines()[-1])
-    rewards = np.array(result["rewards"])
+    rewards = np.array(result["rewards"])  # one per item
     points = [
-        (end, float(rewards[end - 100 : end].mean()))
+        (ours.num_generations * end, float(rewards[end - 100 : end].mean()))
         for end in range(100, len(rewards) + 1, 100)
     ]
     return {
