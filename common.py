@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice, zip_longest
@@ -175,11 +176,10 @@ LIMITS = (  # flags, what they must be, whether a value is that
         rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
         critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps""",
      "at least 1", lambda v: v >= 1),
-    ("eval_interval save_interval log_samples", "at least 0", lambda v: v >= 0),
     ("agent_learning_rate critic_learning_rate value_clip_range temperature",
      "above 0", lambda v: 0 < v < math.inf),
-    ("value_loss_coef entropy_coef max_grad_norm",
-     "at least 0", lambda v: 0 <= v < math.inf),
+    ("""value_loss_coef entropy_coef max_grad_norm eval_interval save_interval
+        log_samples""", "at least 0", lambda v: 0 <= v < math.inf),
     ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
     ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
@@ -216,9 +216,8 @@ def check_args(args: Any) -> None:
             good = value is None or fits(value)
             require(good, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
-    halved = {"dtype", "torch_dtype"} & set(
-        json_object(args.model_config, "model_config")
-    )
+    config = json_object(args.model_config, "model_config")
+    halved = {"dtype", "torch_dtype"} & set(config)
     require(not halved, "model_config cannot set a dtype: --dtype is the compute type")
     both = args.resume is not None and args.eval_only
     require(not both, "resume goes on with training, and eval_only trains nothing")
@@ -283,9 +282,8 @@ class Learner:
     def parts(self) -> dict[str, Any]:
         """What has a state: the model, its value head, their optimizer."""
         parts = {k: getattr(self, k) for k in ("model", "value_head", "optimizer")}
-        return {
-            f"{self.name}/{k}": part for k, part in parts.items() if part is not None
-        }
+        pairs = [(f"{self.name}/{k}", part) for k, part in parts.items()]
+        return {name: part for name, part in pairs if part is not None}
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What its optimizer steps."""
@@ -380,8 +378,7 @@ class Task:
     """Samples of an update or of an evaluation, of all ranks -> metrics of your own."""
     name: str = "task"
     """What messages and the run folder call it; --task sets it."""
-    file_hash: str | None = None
-    """Of the task file that it was loaded from."""
+    file_hash: str | None = None  # of the task file that it was loaded from
 
 
 def sum_to_target(args: Any) -> Task:
@@ -436,18 +433,6 @@ def run_task_file(args: Any) -> Task:
     return task
 
 
-def read_items(path: str) -> list[dict]:
-    """The items of a JSON lines file; InputError for one without a text as its prompt."""
-    with attempting(f"train_file {path!r} cannot be read"):
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-        items = [json.loads(line) for line in lines if line.strip()]
-    texts = [item.get("prompt") if isinstance(item, dict) else 0 for item in items]
-    good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
-    wanted = "expected 2 items or more, each with a text as its prompt"
-    require(good, f"train_file {path!r}: {wanted}")
-    return items
-
-
 def load_task(args: Any, task: Task | None) -> Task:
     """The given task, or the one that args.task names, with the items of args.train_file.
     Raises InputError if there is none, or if it does not fit num_agents and num_turns."""
@@ -457,7 +442,14 @@ def load_task(args: Any, task: Task | None) -> Task:
             task = sum_to_target(args) if built_in else run_task_file(args)
         task.name = Path(args.task).stem
     if args.train_file is not None:
-        items = read_items(args.train_file)
+        source = f"train_file {args.train_file!r}"
+        with attempting(f"{source} cannot be read"):
+            lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
+            items = [json.loads(line) for line in lines if line.strip()]
+        texts = [x.get("prompt") if isinstance(x, dict) else None for x in items]
+        good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
+        wanted = "expected 2 items or more, each with a text as its prompt"
+        require(good, f"{source}: {wanted}")
         kept = len(items) - math.ceil(len(items) / 10)
         task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
     name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
@@ -488,9 +480,8 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     """The prompt; InputError unless it is text or a list of chat messages."""
     good = isinstance(prompt, str)
     if isinstance(prompt, list) and prompt:
-        good = all(
-            isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-        )
+        keys = {"role", "content"}
+        good = all(isinstance(m, dict) and keys <= set(m) for m in prompt)
     wanted = "expected a prompt, text or chat messages"
     require(good, f"{who}: {wanted}, got {prompt!r:.100}")
     return prompt
@@ -560,10 +551,8 @@ def pay(task: Task, samples: list[Sample]) -> None:
     item, count = samples[0].item, len(samples)
     who = f"{about(task, item)}: reward_func"
     with attempting(who, of_user=True):
-        options = {
-            "batch_items": [item],
-            "prompts": per_agent(s.prompts for s in samples),
-        }
+        prompts = per_agent(sample.prompts for sample in samples)
+        options = {"batch_items": [item], "prompts": prompts}
         parameters = inspect.signature(task.reward_func).parameters.values()
         taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -634,10 +623,8 @@ def random_states() -> dict[str, Any]:
     """Every random state of this process, in types that load without running code."""
     name, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return states | {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+    states |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    return states
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -688,18 +675,16 @@ def load_model(
     """A model in float32 without dropout, and its tokenizer, by AutoModelForCausalLM or, for a
     critic's backbone, AutoModel. Each index gives a tiny model weights of its own. Of a
     checkpoint's generation config only the end-of-sequence ids count."""
-    options, reader = (
-        json_object(args.model_config, "model_config"),
-        args.tokenizer or name,
-    )
+    options = json_object(args.model_config, "model_config")
+    reader = args.tokenizer or name
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
     shared = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     hub |= {key: options[key] for key in shared if key in options}
     with attempting(f"tokenizer {reader!r} cannot be loaded"):
-        tiny = reader == "tiny"
-        tokenizer = (
-            tiny_tokenizer() if tiny else AutoTokenizer.from_pretrained(reader, **hub)
-        )
+        if reader == "tiny":
+            tokenizer = tiny_tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(reader, **hub)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lacks = "has neither a pad nor an end-of-sequence token: give it one"
     require(tokenizer.pad_token is not None, f"tokenizer {reader!r} {lacks}")
@@ -719,12 +704,9 @@ def load_model(
     require(fits, f"tokenizer {reader!r} has more tokens than model {name!r} embeds")
     if model.can_generate():
         end, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
-        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {
-            None
-        }
-        model.generation_config = GenerationConfig(
-            eos_token_id=sorted(ends), pad_token_id=pad
-        )
+        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        ends = sorted(ends - {None})
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     return model.to(device), tokenizer
 
 
@@ -810,13 +792,19 @@ def join_ranks() -> bool:
     return joins
 
 
+def with_others(collective: Callable, *args: Any) -> Any:
+    """What a collective returns. It runs in a thread, so that a signal reaches this one while
+    it waits for other ranks. Raises InputError where one of them has stopped."""
+    failure = f"rank {rank()} is without the others, one of which says why"
+    with attempting(failure), ThreadPoolExecutor(1) as pool:
+        return pool.submit(collective, *args).result()
+
+
 def gather(mine: Any) -> list[Any]:
-    """What every rank gives, in the order of the ranks; InputError where one has stopped."""
-    if ranks() == 1:
-        return [mine]
-    everyone = [None] * ranks()
-    with attempting(f"rank {rank()} is without the others, one of which says why"):
-        dist.all_gather_object(everyone, mine)
+    """What every rank gives, in the order of the ranks."""
+    everyone = [mine] * ranks()
+    if ranks() > 1:
+        with_others(dist.all_gather_object, everyone, mine)
     return everyone
 
 
@@ -837,10 +825,13 @@ def optimizer_step(
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             tensors.append(p.grad)
         flat = parameters_to_vector(tensors)
-        with attempting(f"rank {rank()} is without the others, one of which says why"):
+
+        def reduce() -> list[float]:
             dist.all_reduce(flat)
+            return flat[: len(sums)].tolist()  # waits for the device, too
+
+        sums = dict(zip(sums, with_others(reduce), strict=True))
         vector_to_parameters(flat, tensors)
-        sums = dict(zip(sums, tensors[0].tolist(), strict=True))
     limit = args.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
     what = f"gradient (of {len(texts)} texts, the first named)"
@@ -850,31 +841,6 @@ def optimizer_step(
     role = "critic" if learner.name.startswith("critic") else "actor"
     sums = {**sums, f"{role}_grad_norm": norm.item()}
     return {f"{name}/{learner.name}": value for name, value in sums.items()}
-
-
-@contextmanager
-def ending_in_time() -> Iterator[None]:
-    """End a rank that a signal finds waiting inside for a dead one, where no handler can run,
-    five seconds before torchrun would kill it; other ranks have as long to save."""
-    heard, wakeup = os.pipe()
-    os.set_blocking(wakeup, False)
-    over = threading.Event()
-    grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
-
-    def end_in_time() -> None:
-        number = os.read(heard, 1)  # empty once the run is over
-        if number and not over.wait(grace):
-            os._exit(128 + number[0])
-
-    thread = threading.Thread(target=end_in_time, daemon=True)
-    thread.start()
-    signal.set_wakeup_fd(wakeup)
-    yield
-    over.set()
-    signal.set_wakeup_fd(-1)
-    os.close(wakeup)
-    thread.join()  # one that outlives Python's end aborts the process
-    os.close(heard)
 
 
 # -------------------------------------------------------------------- checkpoints
@@ -1151,22 +1117,19 @@ class Run:
             print(f"{self.folder} is finished: a larger num_train_epochs goes on")
 
     def __enter__(self) -> Self:
-        self.cleanup, quiet = ExitStack(), self.args.eval_only or rank() > 0
+        self.cleanup, self.handlers = ExitStack(), {}
         self.start = time.perf_counter() - self.elapsed
         if rank() == 0:
             failure = f"run folder {str(self.folder)!r} cannot be written, or is in use"
             with attempting(failure):
                 self.open_folder()
             self.start_loggers()
-        bar = tqdm(
-            unit="item", total=self.total_items, initial=self.items, disable=quiet
-        )
-        self.bar, self.handlers = self.cleanup.enter_context(bar), {}
+        options = {"initial": self.items, "disable": self.args.eval_only or rank() > 0}
+        bar = tqdm(unit="item", total=self.total_items, **options)
+        self.bar = self.cleanup.enter_context(bar)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
-            if ranks() > 1:
-                self.cleanup.enter_context(ending_in_time())
         set_random_states(self.random)
         self.mark = time.perf_counter()  # what came before is no training time
         return self
@@ -1198,14 +1161,9 @@ class Run:
             import wandb
 
             name = self.folder.name
-            options = {
-                "id": name,
-                "resume": "allow",
-                "name": name,
-                "config": self.flags,
-            }
-            options |= json_object(self.args.wandb_config, "wandb_config")
-            self.wandb = wandb.init(**options)
+            options = {"id": name, "name": name, "resume": "allow"}
+            config = json_object(self.args.wandb_config, "wandb_config")
+            self.wandb = wandb.init(**{**options, "config": self.flags, **config})
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object):
         if self.wandb is not None:
@@ -1220,27 +1178,31 @@ class Run:
             print(*(f"\n{side_by_side(sample)}" for sample in self.shown), sep="\n")
             print(f"\nrun folder: {self.folder}")
         elif rank() == 0 and checkpoints:
-            print(f"go on with: {self.resume_command()}")
-        if self.joined and (error is None or isinstance(error, SystemExit)):
-            dist.destroy_process_group()
+            command = f"train(replace(args, resume={str(self.folder)!r}), task)"
+            if Path(sys.argv[0]).stem == self.script:
+                here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
+                start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
+                resume = [sys.argv[0], "--resume", str(self.folder)]
+                command = f"{start} {shlex.join(resume)}"
+            print(f"go on with: {command}")
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.stop and ranks() > 1:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.joined and (error is None or isinstance(error, SystemExit)):
+            dist.destroy_process_group()
 
     def ask_to_stop(self, number: int, frame: object) -> None:
-        """Handle a signal: stop once the step is done; at once, if it comes a second time."""
+        """Handle a signal: stop once the step is done. If it comes a second time, stop at once;
+        a rank, which torchrun asks twice, five seconds before torchrun would kill it."""
         self.stop = number
-        if ranks() == 1:  # torchrun itself sends its processes a second one
+        if ranks() == 1:
             signal.signal(number, self.handlers[number])
             os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def resume_command(self) -> str:
-        """How to start the script again so that it goes on."""
-        if Path(sys.argv[0]).stem != self.script:
-            return f"train(replace(args, resume={str(self.folder)!r}), task)"
-        here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
-        # --nnodes and its like are as before
-        start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
-        return f"{start} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
+        else:  # it may be waiting for a rank that is dead
+            grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+            signal.setitimer(signal.ITIMER_REAL, grace)
 
     def buffers(self, play: Callable[[list[dict]], list[Sample]]) -> Iterator[list]:
         """This rank's share of one buffer after another, from where the run stands: whole
@@ -1296,9 +1258,8 @@ class Run:
             self.pending, self.seconds, self.logged_items = {}, Counter(), self.items
         reward = f"reward {metrics['rollout/return']:.3f}"
         self.bar.update(items)
-        self.bar.set_postfix_str(
-            f"update {self.updates}, {reward}, {rate:.3g} samples/s"
-        )
+        shown = f"update {self.updates}, {reward}, {rate:.3g} samples/s"
+        self.bar.set_postfix_str(shown)
         more = self.items < self.total_items
         self.pause(interval > 0 and more and self.updates % interval == 0)
 
@@ -1328,10 +1289,8 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Write all that going on needs; raises InputError where it cannot be written."""
-        everyone, folder = (
-            gather((self.taken, random_states())),
-            self.folder / "checkpoint",
-        )
+        everyone = gather((self.taken, random_states()))
+        folder = self.folder / "checkpoint"
         if rank() == 0:
             with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
                 folder.mkdir(exist_ok=True)
@@ -1342,9 +1301,8 @@ class Run:
                 self.elapsed = time.perf_counter() - self.start
                 state = {"run": {name: getattr(self, name) for name in self.STATE}}
                 state |= {"ranks": everyone, "sizes": self.sizes}
-                state["parts"] = {
-                    k: part.state_dict() for k, part in self.parts.items()
-                }
+                parts = self.parts.items()
+                state["parts"] = {name: part.state_dict() for name, part in parts}
                 write_checkpoint(folder, self.updates, state)
         gather(None)  # no rank goes on, or ends, before the checkpoint is there
 
@@ -1365,9 +1323,8 @@ class Run:
         for key, value in metrics.items():
             teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
         line = {"step": self.items, "update": self.updates}
-        line |= {
-            name: float(np.mean(values)) for name, values in teams.items()
-        } | metrics
+        line |= {name: float(np.mean(values)) for name, values in teams.items()}
+        line |= metrics
         line["time/seconds"] = time.perf_counter() - self.start
         self.append("metrics.jsonl", line)
         if self.tensorboard is not None:
