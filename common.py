@@ -281,9 +281,9 @@ class Learner:
 
     def parts(self) -> dict[str, Any]:
         """What has a state: the model, its value head, their optimizer."""
-        parts = {k: getattr(self, k) for k in ("model", "value_head", "optimizer")}
-        pairs = [(f"{self.name}/{k}", part) for k, part in parts.items()]
-        return {name: part for name, part in pairs if part is not None}
+        kinds = ("model", "value_head", "optimizer")
+        parts = {f"{self.name}/{kind}": getattr(self, kind) for kind in kinds}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What its optimizer steps."""
@@ -385,8 +385,8 @@ def sum_to_target(args: Any) -> Task:
     """Each agent writes a number, unseen by the others; together they should add up.
 
     A turn is paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at
-    best, 0.37 for a team that does not read the target. Where there are several turns each
-    costs 1, so that being right at once, which may end the episode, is never worse.
+    best, 0.37 for a team that does not read the target. Of several turns each costs 1, so that
+    being right at once, which may end the episode, is never worse.
     """
     cost = 0.0 if args.num_turns == 1 else 1.0
 
@@ -462,7 +462,8 @@ def load_task(args: Any, task: Task | None) -> Task:
         wanted = "must be a list, or a dataset with a length, of one item or more"
         require(good, f"{name}: {key} {wanted}, got {dataset!r:.100}")
     if isinstance(task.formatters, Sequence):
-        one_each(f"{name}: formatters", task.formatters, range(agents))
+        count = len(task.formatters)
+        require(count == agents, f"{name}: formatters lists {count}, expected {agents}")
     ready = turns == 1 or task.external_transition is not None
     require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
     return task
@@ -499,8 +500,7 @@ def check_numbers(values: Any, count: int, who: str) -> list[float]:
 
 
 def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
-    """An agent's prompt for an item: the item's own, or its formatter's. Raises InputError for
-    what is neither text nor messages."""
+    """An agent's prompt for an item: the item's own, or its formatter's."""
     who, formatter = about(task, item), task.formatters
     require(isinstance(item, dict), f"{who}: an item must be a dict")
     if formatter is None:
@@ -523,9 +523,8 @@ def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
 
 
 def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
-    """The first turns of all items, a thousand samples at a time, with empty completions, to
-    see before a run starts that every prompt can be read. Raises InputError for one that is
-    missing, empty or too long for its actor."""
+    """The first turns of all items, a thousand at a time, without completions, to see before a
+    run that every prompt can be read. Raises InputError for one that cannot."""
     for dataset in (task.train_dataset, task.eval_dataset or []):
         for part in slices(len(dataset), 1000):
             with attempting(f"task {task.name!r}: a dataset", of_user=True):
@@ -546,8 +545,7 @@ def per_agent(rows: Iterable[list]) -> list[list]:
 
 
 def pay(task: Task, samples: list[Sample]) -> None:
-    """Set the rewards of the joint samples of one item. Raises InputError unless the task
-    returns as many finite numbers as there are samples."""
+    """Set the rewards of the joint samples of one item, which the task must pay a number each."""
     item, count = samples[0].item, len(samples)
     who = f"{about(task, item)}: reward_func"
     with attempting(who, of_user=True):
@@ -569,8 +567,7 @@ def pay(task: Task, samples: list[Sample]) -> None:
 
 
 def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
-    """Set rewards and ends of one turn of episodes, which stand in the order of their items.
-    An episode ends at the turn limit, or with a reward over the threshold."""
+    """Pay a turn; an episode ends at the turn limit, or with a reward over the threshold."""
     for _, joint in groupby(samples, lambda s: s.episode // args.num_generations):
         pay(task, list(joint))
     threshold = args.early_termination_threshold
@@ -580,8 +577,7 @@ def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
 
 
 def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
-    """The samples after those of the last turn whose episodes go on. Raises InputError if
-    the task's transition does not give one prompt per agent."""
+    """The next samples of the episodes that go on, prompted by the task's transition."""
     following, count = [], args.num_agents
     for sample in (sample for sample in samples if not sample.done):
         item, history = sample.item, [*sample.history, sample]
@@ -672,9 +668,8 @@ TINY = {  # the built-in model: a Llama of 0.1 million parameters over those cha
 def load_model(
     auto_class: Any, name: str, index: int, device: torch.device, args: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model in float32 without dropout, and its tokenizer, by AutoModelForCausalLM or, for a
-    critic's backbone, AutoModel. Each index gives a tiny model weights of its own. Of a
-    checkpoint's generation config only the end-of-sequence ids count."""
+    """A model in float32 without dropout, and its tokenizer. Each index gives a tiny model its
+    own weights. Of a checkpoint's generation config only the end-of-sequence ids count."""
     options = json_object(args.model_config, "model_config")
     reader = args.tokenizer or name
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
@@ -736,10 +731,9 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
 def encode(
     learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
 ) -> list[list[int]]:
-    """Token ids of each prompt, and of its action behind it, by the learner's tokenizer.
-    Text is taken to the letter; messages go through the chat template, or become plain text
-    where there is none. Raises InputError for an empty prompt, and for a text that leaves no
-    `room` for new tokens in the model's positions."""
+    """Token ids of each prompt, and of its action behind it. Text is taken to the letter;
+    messages go through the chat template, where there is one. Raises InputError for an empty
+    prompt, and where the model's positions leave no `room` for as many new tokens."""
     tokenizer, ids = learner.tokenizer, []
     template = tokenizer.chat_template is not None
     options = {"tokenize": False, "add_generation_prompt": True}
@@ -816,9 +810,8 @@ def total(*numbers: float) -> list[float]:
 def optimizer_step(
     learner: Learner, sums: dict[str, float], texts: list, args: Any
 ) -> dict[str, float]:
-    """Sum the gradients, which came from `texts`, and these numbers over the ranks in one
-    all-reduce; clip the gradient and step. Returns the sums and the gradient's norm before
-    clipping, with the learner's name. Raises InputError for a gradient that is not finite."""
+    """Sum the gradients and these numbers over the ranks, clip, and step. Returns the sums and
+    the gradient's norm before clipping; InputError where that, from `texts`, is not finite."""
     if ranks() > 1:
         tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
         for p in learner.parameters():
@@ -900,9 +893,8 @@ def slices(count: int, size: int | None) -> list[slice]:
 
 def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
     """The places of a buffer's samples in random order, train_batch_size at a time, and each
-    minibatch's share in the buffer. Both are counted over all ranks; every rank has as many
-    minibatches, if need be empty ones. Within one, samples stand by length, so that
-    micro-batches need little padding."""
+    minibatch's share in the buffer, both counted over all ranks, which have as many each.
+    Within one, samples stand by length, so that micro-batches need little padding."""
     order = torch.randperm(len(samples)).tolist()
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
@@ -1145,6 +1137,8 @@ class Run:
             path.unlink()
         for name in self.FILES:
             with open(self.folder / name, "ab") as file:
+                shorter = file.tell() < self.sizes[name]
+                require(not shorter, f"{name} is shorter than its checkpoint says")
                 file.truncate(self.sizes[name])
         aside = self.folder / "args.unfinished"  # never a torn args.json
         aside.write_text(json.dumps(self.flags, indent=2) + "\n")
@@ -1205,9 +1199,8 @@ class Run:
             signal.setitimer(signal.ITIMER_REAL, grace)
 
     def buffers(self, play: Callable[[list[dict]], list[Sample]]) -> Iterator[list]:
-        """This rank's share of one buffer after another, from where the run stands: whole
-        episodes, by `play`, of as many items at once as the buffer is sure to need, until it
-        holds rollout_buffer_size samples or the epoch is over."""
+        """This rank's share of one buffer after another: whole episodes, by `play`, of as many
+        items at once as the buffer is sure to need, until it is full or the epoch is over."""
         args, dataset = self.args, self.task.train_dataset
         size = math.ceil(args.rollout_buffer_size / ranks())
         at_most = args.num_turns * args.num_generations  # samples of an item
@@ -1365,8 +1358,7 @@ class Run:
                     file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
 
     def save(self) -> None:
-        """Write each model as a Hugging Face folder, a value head as value_head.pt in it, and
-        curves.png."""
+        """Write each model as a folder, with its value head, and curves.png."""
         writes = rank() == 0 and not self.args.eval_only
         for name, learner in self.learners.items() if writes else ():
             folder, head = self.folder / name, learner.value_head
