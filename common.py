@@ -1,9 +1,5 @@
-"""Helpers of maac.py, iac_separate.py and iac_shared.py: everything but the algorithms.
-
-Flags of a run, the task and the calls of a user's functions, models and tokenizers, several
-processes, the run folder and its checkpoints. Generation, log-probabilities, values,
-advantages, losses and updates stand in the scripts.
-"""
+"""Helpers of maac.py, iac_separate.py and iac_shared.py: flags of a run, tasks, models, several
+processes, the run folder and its checkpoints. The algorithms stand in the scripts."""
 
 import ctypes
 import functools
@@ -25,7 +21,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
@@ -37,6 +34,7 @@ import torch.distributed as dist
 import transformers
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
@@ -52,7 +50,6 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     _ = libc.mallopt(-3, 2**31 - 1) and libc.mallopt(-1, 2**31 - 1)
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
-Formatter = Callable[[dict], Prompt]
 
 
 class InputError(ValueError):
@@ -110,11 +107,9 @@ class RunArgs:
     seed: int = 1
     """Seed of the weights, of the order of the items and of the sampling."""
     task: str = "sum_to_target"
-    """sum_to_target, a file of tests/tasks by its name, or a .py file with `task` or
-    `make_task(args)`."""
+    """sum_to_target, a file of tests/tasks by its name, or a .py file of your own."""
     train_file: str | None = None
-    """JSON lines, an item with a prompt each, in place of the task's own items; the last tenth is
-    for evaluation."""
+    """JSON lines, an item each, in place of the task's; the last tenth is for evaluation."""
     num_train_epochs: int = 20
     """Passes over the train dataset."""
     output_dir: str = "runs"
@@ -174,18 +169,17 @@ class RunArgs:
 FREE_FLAGS = (
     "num_train_epochs", "save_interval", "resume", "eval_interval", "eval_num_samples",
     "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "exp_name", "output_dir",
-    "device", "agent_devices", "critic_devices", "task", "train_file",
+    "device", "agent_devices", "critic_devices", "task", "train_file", "identity",
 )  # fmt: skip
 LIMITS = (  # flags, what they must be, whether a value is that
     ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
         rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
         critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps""",
      "at least 1", lambda v: v >= 1),
-    ("eval_interval save_interval log_samples", "at least 0", lambda v: v >= 0),
     ("agent_learning_rate critic_learning_rate value_clip_range temperature",
      "above 0", lambda v: 0 < v < math.inf),
-    ("value_loss_coef entropy_coef max_grad_norm",
-     "at least 0", lambda v: 0 <= v < math.inf),
+    ("""value_loss_coef entropy_coef max_grad_norm eval_interval save_interval
+        log_samples""", "at least 0", lambda v: 0 <= v < math.inf),
     ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
     ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
@@ -222,20 +216,15 @@ def check_args(args: Any) -> None:
             good = value is None or fits(value)
             require(good, f"{flag} must be {wanted}, got {value!r}")
     pick_device(args.device)
-    halved = {"dtype", "torch_dtype"} & set(
-        json_object(args.model_config, "model_config")
-    )
-    why = "weights are float32, and --dtype sets the compute type"
-    require(not halved, f"model_config cannot set a dtype: {why}")
+    config = json_object(args.model_config, "model_config")
+    halved = {"dtype", "torch_dtype"} & set(config)
+    require(not halved, "model_config cannot set a dtype: --dtype is the compute type")
     both = args.resume is not None and args.eval_only
     require(not both, "resume goes on with training, and eval_only trains nothing")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         placed = args.agent_devices or args.critic_devices or ":" in args.device
-        require(
-            not placed,
-            "torchrun started several processes, each with a device of its own: give --device"
-            " cpu or cuda, without a number, and no agent_devices or critic_devices",
-        )
+        wanted = "--device cpu or cuda, without a number, and no agent_devices or critic_devices"
+        require(not placed, f"under torchrun give {wanted}")
     if args.wandb_config is not None:
         json_object(args.wandb_config, "wandb_config")
         found = importlib.util.find_spec("wandb")
@@ -270,11 +259,9 @@ def critic_names(args: Any, agents: list[str]) -> list[str]:
 
 def refuse_critics(args: Any) -> None:
     """Raise InputError where a critic model, or its device, is given to shared actors."""
-    require(
-        args.critic_model is None and not args.critics and not args.critic_devices,
-        "iac_shared.py takes no critic_model, critics or critic_devices: its critics are value"
-        " heads on the actors' own backbones; use iac_separate.py or maac.py for critic models",
-    )
+    given = args.critic_model is not None or args.critics or args.critic_devices
+    takes = "iac_shared.py takes no critic_model, critics or critic_devices"
+    require(not given, f"{takes}: its critics are value heads on the actors themselves")
 
 
 # ----------------------------------------------------------- learners and samples
@@ -294,7 +281,8 @@ class Learner:
 
     def parts(self) -> dict[str, Any]:
         """What has a state: the model, its value head, their optimizer."""
-        parts = {k: getattr(self, k) for k in ("model", "value_head", "optimizer")}
+        kinds = ("model", "value_head", "optimizer")
+        parts = {f"{self.name}/{kind}": getattr(self, kind) for kind in kinds}
         return {name: part for name, part in parts.items() if part is not None}
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -324,15 +312,13 @@ def timed(phase: str) -> Callable[[Callable], Callable]:
 
 
 def check_finite(
-    learner: Learner, what: str, values: torch.Tensor, texts: Sequence[list[int]]
+    learner: Learner, what: str, values: Tensor, texts: Sequence[list[int]]
 ) -> None:
     """Raise InputError for a value (B,) that is not finite, naming the text (B token lists)."""
     for place in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
         text = learner.tokenizer.decode(texts[place])
-        raise InputError(
-            f"{learner.name}: {what} {values[place].item()} for {text!r:.200}; it stops before"
-            " that reaches a weight, and a smaller learning rate may help"
-        )
+        given = f"{learner.name}: {what} {values[place].item()} for {text!r:.200}"
+        raise InputError(f"{given}; no weight has it yet, try a smaller learning rate")
 
 
 @dataclass
@@ -343,7 +329,7 @@ class Sample:
     episode: int
     turn: int
     prompts: list[Prompt]  # one per agent, as in the four lists below
-    previous: "Sample | None" = None  # the episode's turn before
+    history: "list[Sample]" = field(default_factory=list)  # the episode's turns before
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)  # with the end token
     completions: list[str] = field(default_factory=list)
@@ -383,7 +369,7 @@ class Task:
     """Items of the evaluation; None = no evaluation."""
     reward_processor: Callable[[float], float] | None = None
     """Applied to every reward."""
-    formatters: Formatter | Sequence[Formatter] | None = None
+    formatters: Callable[[dict], Prompt] | Sequence[Callable] | None = None
     """item -> prompt: one for all agents, or one for each."""
     external_transition: Callable[..., Sequence[Prompt]] | None = None
     """Next prompts, one per agent, from the keywords prompt, agent_completions, num_agents,
@@ -392,129 +378,103 @@ class Task:
     """Samples of an update or of an evaluation, of all ranks -> metrics of your own."""
     name: str = "task"
     """What messages and the run folder call it; --task sets it."""
-
-    @functools.cached_property
-    def reward_keywords(self) -> set[str]:
-        """Which of batch_items and prompts reward_func takes."""
-        parameters = inspect.signature(self.reward_func).parameters.values()
-        names = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return {x for x in ("batch_items", "prompts") if any_name or x in names}
+    file_hash: str | None = None  # of the task file that it was loaded from
 
 
 def sum_to_target(args: Any) -> Task:
     """Each agent writes a number, unseen by the others; together they should add up.
 
     A turn is paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at
-    best, 0.37 for a team that does not read the target. Where there are several turns each
-    costs 1, so that being right at once, which may end the episode, is never worse.
+    best, 0.37 for a team that does not read the target. Of several turns each costs 1, so that
+    being right at once, which may end the episode, is never worse.
     """
     cost = 0.0 if args.num_turns == 1 else 1.0
 
-    def number(text: str) -> int | None:
-        return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
+    def numbers(texts: Sequence[str]) -> list[int | None]:
+        found = [re.fullmatch(r"\s*[0-9]{1,9}\s*", text) for text in texts]
+        return [int(match[0]) if match else None for match in found]
 
     def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
         rewards = []
-        for texts in zip(*completions, strict=True):
-            numbers = [number(text) for text in texts]
-            error = abs(sum(n or 0 for n in numbers) - batch_items[0]["target"])
-            readable = sum(n is not None for n in numbers) / len(numbers)
+        for written in map(numbers, zip(*completions, strict=True)):
+            error = abs(sum(n or 0 for n in written) - batch_items[0]["target"])
+            readable = sum(n is not None for n in written) / len(written)
             rewards.append(readable / (1 + error) - cost)
         return rewards
 
     def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:
-        numbers = [number(text) for text in agent_completions]
-        total = sum(n or 0 for n in numbers)
-        return [f"{prompt}yours {n}, sum {total}\n" for n in numbers]
+        written = numbers(agent_completions)
+        total = sum(n or 0 for n in written)
+        return [f"{prompt}yours {n}, sum {total}\n" for n in written]
 
     items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
     return Task(items * 100, reward, items * 10, external_transition=correct)
 
 
-def task_file(args: Any) -> Path | None:
-    """The file that defines the task that args.task names; None for the one built in here.
-    Raises InputError if there is none."""
-    if args.task == "sum_to_target":
-        return None
+def run_task_file(args: Any) -> Task:
+    """The task that the file named by args.task defines; InputError if there is none."""
     folder = Path(__file__).parent / "tests" / "tasks"
     named = Path(args.task).suffix != ".py"
     path = folder / f"{args.task}.py" if named else Path(args.task)
     known = ", ".join(["sum_to_target", *sorted(p.stem for p in folder.glob("*.py"))])
     require(path.is_file(), f"no task {args.task!r}: give {known}, or a .py file")
-    return path
-
-
-def load_task(args: Any, task: Task | None) -> Task:
-    """The given task, or the one that args.task names. Raises InputError if there is none,
-    or if it does not fit num_agents and num_turns."""
-    if task is None:
-        with fresh_randomness(args.seed):  # items drawn at random are the same again
-            file = task_file(args)
-            task = run_task_file(file, args) if file else sum_to_target(args)
-        task.name = Path(args.task).stem
-    if args.train_file is not None:
-        failure = f"train_file {args.train_file!r} cannot be read"
-        with attempting(failure), open(args.train_file, encoding="utf-8-sig") as file:
-            items = [json.loads(line) for line in file if line.strip()]
-        texts = [item.get("prompt") if isinstance(item, dict) else 0 for item in items]
-        good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
-        wanted = "expected 2 items or more, each with a text as its prompt"
-        require(good, f"train_file {args.train_file!r}: {wanted}")
-        kept = len(items) - math.ceil(len(items) / 10)
-        task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
-    name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
-    require(callable(task.reward_func), f"{name} has no callable reward_func")
-    for key in ("train_dataset", "eval_dataset"):
-        dataset = getattr(task, key)
-        if dataset is None and key == "eval_dataset" and not args.eval_only:
-            continue
-        require(dataset is not None, f"{name} has no {key}")
-        sized = hasattr(dataset, "__len__")
-        require(sized, f"{name}: {key} must be a list or a dataset with a length")
-        require(len(dataset) > 0, f"{name} has an empty {key}")
-    if isinstance(task.formatters, Sequence):
-        given = f"{name} has {len(task.formatters)} formatters for {agents} agents"
-        fits = len(task.formatters) == agents
-        require(fits, f"{given}: give one callable, or one per agent")
-    ready = turns == 1 or task.external_transition is not None
-    require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
-    return task
-
-
-def run_task_file(path: Path, args: Any) -> Task:
-    """The task that a file defines; InputError if it defines none."""
     with attempting(f"task file {str(path)!r}", of_user=True):
         spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
+        file_hash = digest(path)
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
         task = make(args) if make else getattr(module, "task", None)
     wanted = "must define `task` (a common.Task) or `make_task(args)` that returns one"
     got = f"task file {str(path)!r} {wanted}, got {type(task).__name__}"
     require(isinstance(task, Task), got)
+    task.file_hash = file_hash
+    return task
+
+
+def load_task(args: Any, task: Task | None) -> Task:
+    """The given task, or the one that args.task names, with the items of args.train_file.
+    Raises InputError if there is none, or if it does not fit num_agents and num_turns."""
+    if task is None:
+        with fresh_randomness(args.seed):  # items drawn at random are the same again
+            built_in = args.task == "sum_to_target"
+            task = sum_to_target(args) if built_in else run_task_file(args)
+        task.name = Path(args.task).stem
+    if args.train_file is not None:
+        source = f"train_file {args.train_file!r}"
+        with attempting(f"{source} cannot be read"):
+            lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
+            items = [json.loads(line) for line in lines if line.strip()]
+        texts = [x.get("prompt") if isinstance(x, dict) else None for x in items]
+        good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
+        wanted = "expected 2 items or more, each with a text as its prompt"
+        require(good, f"{source}: {wanted}")
+        kept = len(items) - math.ceil(len(items) / 10)
+        task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
+    name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
+    require(callable(task.reward_func), f"{name} has no callable reward_func")
+    datasets = {"train_dataset": task.train_dataset, "eval_dataset": task.eval_dataset}
+    if task.eval_dataset is None and not args.eval_only:
+        del datasets["eval_dataset"]
+    for key, dataset in datasets.items():
+        good = hasattr(dataset, "__len__") and len(dataset) > 0
+        wanted = "must be a list, or a dataset with a length, of one item or more"
+        require(good, f"{name}: {key} {wanted}, got {dataset!r:.100}")
+    if isinstance(task.formatters, Sequence):
+        count = len(task.formatters)
+        require(count == agents, f"{name}: formatters lists {count}, expected {agents}")
+    ready = turns == 1 or task.external_transition is not None
+    require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
     return task
 
 
 # ---------------------------------------------------- calls of a user's functions
 
 
-def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
-    """An agent's prompt for an item. Raises InputError for an item without a prompt, and for
-    what is neither text nor messages."""
-    several = isinstance(task.formatters, Sequence)
-    formatter = task.formatters[agent] if several else task.formatters
-    who = f"task {task.name!r}, item {item!r:.200}"
-    require(isinstance(item, dict), f"{who}: an item must be a dict")
-    if formatter is None:
-        given = "prompt" in item
-        require(given, f"{who}: the item has no prompt, and there is no formatter")
-        return check_prompt(item["prompt"], who)
-    who = f"{who}: formatter of agent {agent}"
-    with attempting(who, of_user=True):
-        prompt = formatter(item)
-    return check_prompt(prompt, who)
+def about(task: Task, item: Any) -> str:
+    """How a message about a task's function begins."""
+    return f"task {task.name!r}, item {item!r:.200}"
 
 
 def check_prompt(prompt: Any, who: str) -> Prompt:
@@ -528,6 +488,31 @@ def check_prompt(prompt: Any, who: str) -> Prompt:
     return prompt
 
 
+def check_numbers(values: Any, count: int, who: str) -> list[float]:
+    """The values as floats; InputError unless they are a list of `count` finite numbers."""
+    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    good = isinstance(rows, list | tuple) and len(rows) == count
+    types = int | float | np.number
+    good = good and all(isinstance(v, types) and math.isfinite(v) for v in rows)
+    wanted = f"expected a list of {count} finite numbers"
+    require(good, f"{who}: {wanted}, got {values!r:.100}")
+    return [float(value) for value in rows]
+
+
+def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
+    """An agent's prompt for an item: the item's own, or its formatter's."""
+    who, formatter = about(task, item), task.formatters
+    require(isinstance(item, dict), f"{who}: an item must be a dict")
+    if formatter is None:
+        return check_prompt(item.get("prompt"), f"{who}, without a formatter")
+    if isinstance(formatter, Sequence):
+        formatter = formatter[agent]
+    who = f"{who}: formatter of agent {agent}"
+    with attempting(who, of_user=True):
+        prompt = formatter(item)
+    return check_prompt(prompt, who)
+
+
 def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
     """The samples that open num_generations episodes of each item, without completions yet."""
     samples: list[Sample] = []
@@ -538,9 +523,8 @@ def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
 
 
 def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
-    """The first turns of all items, a thousand samples at a time, with empty completions, to
-    see before a run starts that every prompt can be read. Raises InputError for one that is
-    missing, empty or too long for its actor."""
+    """The first turns of all items, a thousand at a time, without completions, to see before a
+    run that every prompt can be read. Raises InputError for one that cannot."""
     for dataset in (task.train_dataset, task.eval_dataset or []):
         for part in slices(len(dataset), 1000):
             with attempting(f"task {task.name!r}: a dataset", of_user=True):
@@ -555,9 +539,35 @@ def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list
             yield samples
 
 
+def per_agent(rows: Iterable[list]) -> list[list]:
+    """From lists with one thing per agent, for each agent the list of its things."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def pay(task: Task, samples: list[Sample]) -> None:
+    """Set the rewards of the joint samples of one item, which the task must pay a number each."""
+    item, count = samples[0].item, len(samples)
+    who = f"{about(task, item)}: reward_func"
+    with attempting(who, of_user=True):
+        prompts = per_agent(sample.prompts for sample in samples)
+        options = {"batch_items": [item], "prompts": prompts}
+        parameters = inspect.signature(task.reward_func).parameters.values()
+        taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            options = {key: options[key] for key in taken & set(options)}
+        given = task.reward_func(*per_agent(s.completions for s in samples), **options)
+    rewards = check_numbers(given, count, who)
+    if task.reward_processor is not None:
+        who = f"{about(task, item)}: reward_processor"
+        with attempting(who, of_user=True):
+            given = [task.reward_processor(reward) for reward in rewards]
+        rewards = check_numbers(given, count, who)
+    for sample, reward in zip(samples, rewards, strict=True):
+        sample.reward = reward
+
+
 def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
-    """Set rewards and ends of one turn of episodes, which stand in the order of their items.
-    An episode ends at the turn limit, or with a reward over the threshold."""
+    """Pay a turn; an episode ends at the turn limit, or with a reward over the threshold."""
     for _, joint in groupby(samples, lambda s: s.episode // args.num_generations):
         pay(task, list(joint))
     threshold = args.early_termination_threshold
@@ -566,54 +576,12 @@ def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
         sample.done = early or sample.turn + 1 == args.num_turns
 
 
-def per_agent(rows: Iterable[list]) -> list[list]:
-    """From lists with one thing per agent, for each agent the list of its things."""
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
-def pay(task: Task, samples: list[Sample]) -> None:
-    """Set the rewards of the joint samples of one item. Raises InputError unless the task
-    returns as many finite numbers as there are samples."""
-    where = f"task {task.name!r}, item {samples[0].item!r:.200}"
-    who = f"{where}: reward_func"
-    with attempting(who, of_user=True):
-        completions = per_agent(s.completions for s in samples)
-        prompts = per_agent(s.prompts for s in samples)
-        options = {"batch_items": [samples[0].item], "prompts": prompts}
-        options = {key: options[key] for key in task.reward_keywords}
-        given = rewards = task.reward_func(*completions, **options)
-    if isinstance(rewards, torch.Tensor | np.ndarray):
-        rewards = rewards.tolist()
-    fits = isinstance(rewards, list | tuple) and len(rewards) == len(samples)
-    expected = f"expected a list of {len(samples)} numbers"
-    require(fits, f"{who}: {expected}, got {given!r:.100}")
-    check_numbers(rewards, who)
-    if task.reward_processor is not None:
-        who = f"{where}: reward_processor"
-        with attempting(who, of_user=True):
-            rewards = [task.reward_processor(reward) for reward in rewards]
-        check_numbers(rewards, who)
-    for sample, reward in zip(samples, rewards, strict=True):
-        sample.reward = float(reward)
-
-
-def check_numbers(values: Sequence[Any], who: str) -> None:
-    """Raise InputError unless all values are finite numbers."""
-    types = int | float | np.number
-    good = all(isinstance(v, types) and math.isfinite(v) for v in values)
-    require(good, f"{who}: expected finite numbers, got {values!r:.100}")
-
-
 def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
-    """The samples after those of the last turn whose episodes go on. Raises InputError if
-    the task's transition does not give one prompt per agent."""
+    """The next samples of the episodes that go on, prompted by the task's transition."""
     following, count = [], args.num_agents
     for sample in (sample for sample in samples if not sample.done):
-        history = [sample]
-        while history[0].previous is not None:
-            history.insert(0, history[0].previous)
-        item = sample.item
-        who = f"task {task.name!r}, item {item!r:.200}: external_transition"
+        item, history = sample.item, [*sample.history, sample]
+        who = f"{about(task, item)}: external_transition"
         with attempting(who, of_user=True):
             prompts = task.external_transition(
                 prompt=item.get("prompt"),
@@ -628,7 +596,8 @@ def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
         if not args.external_prompt_passthrough:
             items = [{**item, "prompt": prompt} for prompt in prompts]
             prompts = [format_prompt(task, items[k], k) for k in range(count)]
-        following.append(Sample(item, sample.episode, sample.turn + 1, prompts, sample))
+        turn = sample.turn + 1
+        following.append(Sample(item, sample.episode, turn, prompts, history))
     return following
 
 
@@ -689,44 +658,35 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def tiny_config(**changes: Any) -> LlamaConfig:
-    """The built-in model: a Llama of 0.1 million parameters."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 1024, **changes}
-    special = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
-    return LlamaConfig(vocab_size=len(tiny_tokenizer()), **special, **sizes)
-
-
-def load_tokenizer(name: str, hub: dict) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of that name; its end token pads where it has no pad token. Raises
-    InputError if it cannot be loaded, or has neither."""
-    if name == "tiny":
-        return tiny_tokenizer()
-    with attempting(f"tokenizer {name!r} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-    if tokenizer.pad_token_id is None:
-        lacks = "has neither a pad nor an end-of-sequence token: give it one"
-        require(tokenizer.eos_token_id is not None, f"tokenizer {name!r} {lacks}")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+TINY = {  # the built-in model: a Llama of 0.1 million parameters over those characters
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 1024, "bos_token_id": None,
+    "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
 
 
 def load_model(
     auto_class: Any, name: str, index: int, device: torch.device, args: Any
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model in float32 without dropout, and its tokenizer. auto_class: AutoModelForCausalLM
-    for an actor, AutoModel for a critic's backbone. Each index gives a tiny model weights of
-    its own. Of a checkpoint's generation config only the end-of-sequence ids count. Raises
-    InputError if it cannot be loaded."""
+    """A model in float32 without dropout, and its tokenizer. Each index gives a tiny model its
+    own weights. Of a checkpoint's generation config only the end-of-sequence ids count."""
     options = json_object(args.model_config, "model_config")
+    reader = args.tokenizer or name
     hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
     shared = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     hub |= {key: options[key] for key in shared if key in options}
-    tokenizer = load_tokenizer(args.tokenizer or name, hub)
+    with attempting(f"tokenizer {reader!r} cannot be loaded"):
+        if reader == "tiny":
+            tokenizer = tiny_tokenizer()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(reader, **hub)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    lacks = "has neither a pad nor an end-of-sequence token: give it one"
+    require(tokenizer.pad_token is not None, f"tokenizer {reader!r} {lacks}")
     failure = f"model {name!r} cannot be loaded"
     with attempting(failure), fresh_randomness(args.seed + 1000 * index):
         if name == "tiny":
-            model = auto_class.from_config(tiny_config(**options))
+            model = auto_class.from_config(LlamaConfig(**{**TINY, **options}))
         else:
             options = {**options, **hub, "return_unused_kwargs": True}
             config, options = AutoConfig.from_pretrained(name, **options)
@@ -736,8 +696,7 @@ def load_model(
             options |= {"config": config, **hub, "dtype": torch.float32}
             model = auto_class.from_pretrained(name, **options)
     fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
-    reader = f"tokenizer {args.tokenizer or name!r}"
-    require(fits, f"{reader} has more tokens than model {name!r} embeds")
+    require(fits, f"tokenizer {reader!r} has more tokens than model {name!r} embeds")
     if model.can_generate():
         end, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
         ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
@@ -763,9 +722,8 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
     given = args.critics or args.critic_model or critics[0].name == "agent_0"
     for critic in critics if given and not args.eval_only else ():
         path = Path(critic.source) / "value_head.pt"
-        failure = f"value head {str(path)!r} (of another hidden dimension?)"
         if path.is_file():
-            with attempting(f"{failure} cannot be loaded"):
+            with attempting(f"value head {str(path)!r} cannot be loaded"):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
                 critic.value_head.load_state_dict(weights)
 
@@ -773,10 +731,9 @@ def restore_heads(critics: list[Learner], args: Any) -> None:
 def encode(
     learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
 ) -> list[list[int]]:
-    """Token ids of each prompt, and of its action behind it, by the learner's tokenizer.
-    Text is taken to the letter; messages go through the chat template, or become plain text
-    where there is none. Raises InputError for an empty prompt, and for a text that leaves no
-    `room` for new tokens in the model's positions."""
+    """Token ids of each prompt, and of its action behind it. Text is taken to the letter;
+    messages go through the chat template, where there is one. Raises InputError for an empty
+    prompt, and where the model's positions leave no `room` for as many new tokens."""
     tokenizer, ids = learner.tokenizer, []
     template = tokenizer.chat_template is not None
     options = {"tokenize": False, "add_generation_prompt": True}
@@ -794,8 +751,7 @@ def encode(
         ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
     limit = getattr(learner.model.config, "max_position_embeddings", None) or math.inf
     longest = max(map(len, ids), default=0)
-    reads = f"{learner.name} is to read {longest} tokens"
-    reads += f" and is to write {room}" if room else ""
+    reads = f"{learner.name} is to read {longest} tokens and to write {room}"
     require(longest + room <= limit, f"{reads}: its model takes {limit} in all")
     return ids
 
@@ -830,13 +786,19 @@ def join_ranks() -> bool:
     return joins
 
 
+def with_others(collective: Callable, *args: Any) -> Any:
+    """What a collective returns. It runs in a thread, so that a signal reaches this one while
+    it waits for other ranks. Raises InputError where one of them has stopped."""
+    failure = f"rank {rank()} is without the others, one of which says why"
+    with attempting(failure), ThreadPoolExecutor(1) as pool:
+        return pool.submit(collective, *args).result()
+
+
 def gather(mine: Any) -> list[Any]:
-    """What every rank gives, in the order of the ranks; InputError where one has stopped."""
-    if ranks() == 1:
-        return [mine]
-    everyone = [None] * ranks()
-    with attempting(f"rank {rank()} is without the others, one of which says why"):
-        dist.all_gather_object(everyone, mine)
+    """What every rank gives, in the order of the ranks."""
+    everyone = [mine] * ranks()
+    if ranks() > 1:
+        with_others(dist.all_gather_object, everyone, mine)
     return everyone
 
 
@@ -848,19 +810,21 @@ def total(*numbers: float) -> list[float]:
 def optimizer_step(
     learner: Learner, sums: dict[str, float], texts: list, args: Any
 ) -> dict[str, float]:
-    """Sum the gradients, which came from `texts`, and these numbers over the ranks in one
-    all-reduce; clip the gradient and step. Returns the sums and the gradient's norm before
-    clipping, with the learner's name. Raises InputError for a gradient that is not finite."""
+    """Sum the gradients and these numbers over the ranks, clip, and step. Returns the sums and
+    the gradient's norm before clipping; InputError where that, from `texts`, is not finite."""
     if ranks() > 1:
         tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
         for p in learner.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             tensors.append(p.grad)
         flat = parameters_to_vector(tensors)
-        with attempting(f"rank {rank()} is without the others, one of which says why"):
+
+        def reduce() -> list[float]:
             dist.all_reduce(flat)
+            return flat[: len(sums)].tolist()  # waits for the device, too
+
+        sums = dict(zip(sums, with_others(reduce), strict=True))
         vector_to_parameters(flat, tensors)
-        sums = dict(zip(sums, tensors[0].tolist(), strict=True))
     limit = args.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
     what = f"gradient (of {len(texts)} texts, the first named)"
@@ -881,10 +845,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def write_checkpoint(folder: Path, update: int, state: dict, whole: list) -> list[Path]:
-    """Save `state` under a name that holds its SHA-256; returns the paths of the two that are
-    kept. whole: those known to be whole, oldest first. It is written aside and renamed; where
-    that fails, what was there before is unharmed."""
+def write_checkpoint(folder: Path, update: int, state: dict) -> None:
+    """Save `state` under a name that holds its SHA-256, and keep the one of the update before.
+    It is written aside and renamed; where that fails, what was there before is unharmed."""
     aside = folder / "unfinished"
     try:
         with open(aside, "wb") as file:
@@ -896,26 +859,26 @@ def write_checkpoint(folder: Path, update: int, state: dict, whole: list) -> lis
     except Exception:
         aside.unlink(missing_ok=True)
         raise
-    kept = [other for other in whole if other.name[:15] < path.name[:15]][-1:] + [path]
-    for other in set(folder.glob("update_*.pt")) - set(kept):
+    others = sorted(p for p in folder.glob("update_*.pt") if p != path)
+    before = [other for other in others if other.name[:15] < path.name[:15]]
+    for other in set(others) - set(before[-1:]):
         other.unlink()
-    return kept
 
 
 def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
-    """The newest whole checkpoint and its path; None where none was written yet. A damaged
-    one is named on standard error and the one before it is taken. Raises InputError if all
-    are damaged."""
-    paths = sorted(folder.glob("update_*.pt"), reverse=True)
-    for path in paths:
+    """The newest whole checkpoint, None where none was written yet, and the damaged ones
+    before it, which are named on standard error. Raises InputError if all are damaged."""
+    damaged: list[Path] = []
+    for path in sorted(folder.glob("update_*.pt"), reverse=True):
         with suppress(OSError):
             if path.stem.endswith(digest(path)):
                 with attempting(f"checkpoint {path} cannot be loaded"):
-                    return torch.load(path, "cpu", weights_only=True), [path]
+                    return torch.load(path, "cpu", weights_only=True), damaged
+        damaged.append(path)
         if rank() == 0:
             print(f"checkpoint {path} is damaged and left out", file=sys.stderr)
     given = f"every checkpoint in {str(folder)!r} is damaged"
-    require(not paths, f"{given}: start a new run")
+    require(not damaged, f"{given}: start a new run")
     return None, []
 
 
@@ -930,9 +893,8 @@ def slices(count: int, size: int | None) -> list[slice]:
 
 def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
     """The places of a buffer's samples in random order, train_batch_size at a time, and each
-    minibatch's share in the buffer. Both are counted over all ranks; every rank has as many
-    minibatches, if need be empty ones. Within one, samples stand by length, so that
-    micro-batches need little padding."""
+    minibatch's share in the buffer, both counted over all ranks, which have as many each.
+    Within one, samples stand by length, so that micro-batches need little padding."""
     order = torch.randperm(len(samples)).tolist()
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
@@ -953,11 +915,7 @@ def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
 
 
 def diagnostics(
-    critic: Learner,
-    samples: list[Sample],
-    values: torch.Tensor,
-    targets: torch.Tensor,
-    args: Any,
+    critic: Learner, samples: list[Sample], values: Tensor, targets: Tensor, args: Any
 ) -> dict[str, float]:
     """What a critic was worth to an update, over all ranks' samples; values, targets: (B,).
 
@@ -973,11 +931,8 @@ def diagnostics(
     weights = targets - values if args.critic_type == "v" else values
     everyones = gather(torch.stack([values, returns, weights]).double())
     values, returns, weights = torch.cat(everyones, dim=1)
+    found = {"value_mean": values.mean(), "advantage_std": weights.std(correction=0)}
     spread = returns.var(correction=0)
-    found = {
-        "value_mean": values.mean(),
-        "advantage_std": weights.std(correction=0),
-    }
     if spread > 0:
         found["explained_variance"] = 1 - (returns - values).var(correction=0) / spread
     return {f"critic/{name}/{critic.name}": v.item() for name, v in found.items()}
@@ -1002,14 +957,6 @@ def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str,
             own = task.metrics_callback(samples)
             metrics |= {key: float(value) for key, value in own.items()}
     return {f"{prefix}/{key}": float(value) for key, value in metrics.items()}
-
-
-def with_team_means(metrics: dict[str, float]) -> dict[str, float]:
-    """Before `name/agent_0`, `name/critic_0`, ... their mean as `name`."""
-    teams: dict[str, list[float]] = {}
-    for key, value in metrics.items():
-        teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
-    return {name: float(np.mean(values)) for name, values in teams.items()} | metrics
 
 
 def dialogues(sample: Sample) -> list[str]:
@@ -1068,236 +1015,192 @@ def draw_curves(folder: Path) -> None:
 # -------------------------------------------------------------------------- a run
 
 
+def identity(task: Task, script: str) -> dict[str, Any]:
+    """What a run must have in common with the one that it resumes, and every rank with all."""
+    items = hashlib.sha256()
+    with attempting(f"the items of task {task.name!r} cannot be hashed"):
+        options = {"default": lambda x: str(type(x)), "skipkeys": True}
+        for k in range(len(task.train_dataset)):  # odd objects count by their type
+            items.update(json.dumps(task.train_dataset[k], **options).encode())
+    return {
+        "script": script,
+        "number of ranks": ranks(),
+        "task's name": task.name,
+        "task file's hash": task.file_hash,
+        "number of train items": len(task.train_dataset),
+        "train items' hash": items.hexdigest()[:16],
+    }
+
+
 class Run:
     """A run's folder, progress, checkpoints and loggers; a context manager. All ranks count
     alike, for each is told what the others did; the one at 0 writes."""
 
     FILES = ("metrics.jsonl", "samples.jsonl")
     STATE = (  # in a checkpoint, beside the learners and the ranks' own states
-        "items", "items_before", "updates", "samples", "evaluated_items", "order",
-        "pending", "train_seconds", "elapsed",
+        "items", "updates", "samples", "evaluated_items", "logged_items", "order", "pending",
+        "train_seconds", "elapsed",
     )  # fmt: skip
 
     def __init__(self, args: Any, task: Task, script: str, learners: list[Learner]):
         self.joined = join_ranks()
         self.args, self.task, self.script = args, task, script
         self.learners = {learner.name: learner for learner in learners}
+        self.parts = {k: v for x in learners for k, v in x.parts().items()}
         epochs = 0 if args.eval_only else args.num_train_epochs
         self.total_items = epochs * len(task.train_dataset)
-        self.items = self.items_before = self.updates = self.samples = 0
-        self.evaluated_items = -1  # as of the last evaluation
+        self.items = self.updates = self.samples = 0
+        self.evaluated_items, self.logged_items = -1, 0  # at the last time
         self.order, self.taken = [], 0  # this epoch's items; how many this rank took
         self.pending: dict[str, list[float]] = {}  # metrics since the last line
         self.seconds: Counter[str] = Counter()  # by phase, since the last line
         self.train_seconds = self.elapsed = 0.0
         self.shown: list[Sample] = []
-        self.tensorboard = self.wandb = self.lock = None
-        self.checkpoints: list[Path] = []  # that are whole, oldest first
+        self.tensorboard = self.wandb = None
         self.stop = 0  # the signal that asked for it
         if rank() > 0:
             transformers.set_seed(args.seed + 100_003 * rank())
         self.random = random_states()
-        identity = self.identity()
-        same = all(identity == other for other in gather(identity))
+        self.flags = plain_args(args) | {"identity": identity(task, script)}
+        same = all(self.flags == other for other in gather(self.flags))
         differ = "has other items in every process: draw them from a seed"
         require(same, f"task {task.name!r} {differ}")
-        folder = args.resume or (self.make_folder() if rank() == 0 else None)
-        self.folder = Path(gather(folder)[0])
-        sizes = self.restore(identity) if args.resume else {}
-        failure = f"run folder {str(self.folder)!r} cannot be written, or is in use"
-        if rank() == 0:
-            with attempting(failure):
-                self.lock = open(self.folder / "lock", "w")  # noqa: SIM115 - until the end
-                with suppress(ImportError):  # on Windows nothing is locked
-                    import fcntl
+        name = f"{args.exp_name or script}__{task.name}__{args.seed}__"
+        folder = Path(args.output_dir) / (name + time.strftime("%Y%m%d-%H%M%S"))
+        if rank() == 0 and not args.resume:
+            with attempting(f"run folder {str(folder)!r} cannot be made"):
+                while folder.exists():  # a second run within the second
+                    folder = folder.with_name(folder.name + "_")
+                folder.mkdir(parents=True)
+        self.folder = gather(Path(args.resume or folder))[0]
+        self.sizes, self.damaged = dict.fromkeys(self.FILES, 0), []
+        if args.resume:
+            self.restore()
 
-                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for name in self.FILES:
-                    with open(self.folder / name, "ab") as file:
-                        file.truncate(sizes.get(name, 0))
-                content = plain_args(args) | {"identity": identity}
-                aside = self.folder / "args.unfinished"  # never a torn args.json
-                aside.write_text(json.dumps(content, indent=2) + "\n")
-                aside.replace(self.folder / "args.json")
-        self.mark = time.perf_counter()
-        self.start = self.mark - self.elapsed
-
-    def make_folder(self) -> str:
-        """A new folder, called after the run and the time."""
-        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.exp_name or self.script}__{self.task.name}__{args.seed}__{stamp}"
-        folder = Path(args.output_dir) / name
-        with attempting(f"run folder {str(folder)!r} cannot be made"):
-            while folder.exists():  # a second run within the second
-                folder = folder.with_name(folder.name + "_")
-            folder.mkdir(parents=True)
-        return str(folder)
-
-    def identity(self) -> dict[str, Any]:
-        """What a run must have in common with the one that it resumes."""
-        items, dataset = hashlib.sha256(), self.task.train_dataset
-        with attempting(f"the items of task {self.task.name!r} cannot be hashed"):
-            options = {"default": lambda x: str(type(x)), "skipkeys": True}
-            for k in range(len(dataset)):  # odd objects count by their type
-                items.update(json.dumps(dataset[k], **options).encode())
-        file = None
-        with suppress(InputError):  # a task given from Python has no file
-            file = task_file(self.args)
-        return {
-            "script": self.script,
-            "number of ranks": ranks(),
-            "task's name": self.task.name,
-            "task file's hash": digest(file) if file else None,
-            "number of train items": len(dataset),
-            "train items' hash": items.hexdigest()[:16],
-        }
-
-    def restore(self, identity: dict[str, Any]) -> dict[str, int]:
-        """Take a run up where its newest checkpoint left it; returns its files' sizes then. One
-        that was killed before its first checkpoint begins anew. Raises InputError where this
-        run differs from that one, or its files do not fit."""
+    def restore(self) -> None:
+        """Take a run up where its newest checkpoint left it; one that was killed before its
+        first begins anew. Raises InputError where this run differs from that one."""
         failure = f"{str(self.folder)!r} cannot be resumed"
-        folder = self.folder / "checkpoint"
         with attempting(failure):
             was = json.loads((self.folder / "args.json").read_text())
-            was |= was.pop("identity")
-            now = identity | plain_args(self.args)
-            changes = [
-                f"{name} was {was.get(name)!r} and is {now[name]!r}"
-                for name in now
-                if name not in FREE_FLAGS and was.get(name) != now[name]
-            ]
+            was |= was["identity"]
+        now = self.flags | self.flags["identity"]
+        changes = [
+            f"{name} was {was.get(name)!r} and is {now[name]!r}"
+            for name in now
+            if name not in FREE_FLAGS and was.get(name) != now[name]
+        ]
         require(not changes, f"{failure}: {', '.join(changes)}")
-        state, self.checkpoints = read_checkpoint(folder)
+        state, self.damaged = read_checkpoint(self.folder / "checkpoint")
         if state is None:
             finished = (self.folder / next(iter(self.learners))).exists()
             require(not finished, f"{failure}: it is finished and has no checkpoint")
-            return {}
+            return
         with attempting(failure):
-            for name, size in state["sizes"].items():
-                found = (self.folder / name).stat().st_size
-                require(found >= size, f"{failure}: {name} is shorter than when saved")
-            for name, learner in self.learners.items():
-                for part, stateful in learner.parts().items():
-                    stateful.load_state_dict(state["learners"][name][part])
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
         vars(self).update(state["run"])
+        self.sizes = state["sizes"]
         self.taken, self.random = state["ranks"][rank()]
         epochs, total = self.args.num_train_epochs, self.total_items
         few = f"it has played {self.items} items, and num_train_epochs {epochs} has {total}"
         require(self.items <= total, f"{failure}: {few}")
         if self.items == total and rank() == 0:
             print(f"{self.folder} is finished: a larger num_train_epochs goes on")
-        return state["sizes"]
-
-    def save_checkpoint(self) -> None:
-        """Write all that going on needs; raises InputError where it cannot be written."""
-        everyone, sizes = gather((self.taken, random_states())), {}
-        if rank() == 0:
-            folder = self.folder / "checkpoint"
-            with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
-                folder.mkdir(exist_ok=True)
-                for name in self.FILES:
-                    with open(self.folder / name, "ab") as file:
-                        os.fsync(file.fileno())
-                        sizes[name] = file.tell()
-                self.elapsed = time.perf_counter() - self.start
-                state = {"ranks": everyone, "sizes": sizes, "learners": {}}
-                state["run"] = {name: getattr(self, name) for name in self.STATE}
-                for name, learner in self.learners.items():
-                    parts = learner.parts().items()
-                    state["learners"][name] = {k: v.state_dict() for k, v in parts}
-                whole = self.checkpoints
-                self.checkpoints = write_checkpoint(folder, self.updates, state, whole)
-        gather(None)  # no rank goes on, or ends, before the checkpoint is there
 
     def __enter__(self) -> Self:
-        writes = rank() == 0
-        if writes and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = self.items + 1 if self.args.resume else None
-            self.tensorboard = SummaryWriter(str(self.folder), purge_step=purge)
-        if writes and self.args.wandb_config is not None:
-            import wandb
-
-            options = {"id": self.folder.name, "resume": "allow"}
-            options |= {"name": self.folder.name, "config": plain_args(self.args)}
-            options |= json_object(self.args.wandb_config, "wandb_config")
-            self.wandb = wandb.init(**options)
-        quiet = self.args.eval_only or not writes
-        options = {"total": self.total_items, "initial": self.items, "disable": quiet}
-        self.bar = tqdm(unit="item", **options)
-        self.handlers, self.signals, self.over = {}, None, threading.Event()
+        self.cleanup, self.handlers = ExitStack(), {}
+        self.start = time.perf_counter() - self.elapsed
+        if rank() == 0:
+            failure = f"run folder {str(self.folder)!r} cannot be written, or is in use"
+            with attempting(failure):
+                self.open_folder()
+            self.start_loggers()
+        options = {"initial": self.items, "disable": self.args.eval_only or rank() > 0}
+        bar = tqdm(unit="item", total=self.total_items, **options)
+        self.bar = self.cleanup.enter_context(bar)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
-            if ranks() > 1:
-                self.signals = os.pipe()
-                os.set_blocking(self.signals[1], False)
-                signal.set_wakeup_fd(self.signals[1])
-                self.reader = threading.Thread(target=self.end_in_time, daemon=True)
-                self.reader.start()
         set_random_states(self.random)
-        self.lap()  # what the loggers took to start is no training time
+        self.mark = time.perf_counter()  # what came before is no training time
         return self
 
+    def open_folder(self) -> None:
+        """Lock the folder, cut its files to what is resumed, and write args.json."""
+        lock = self.cleanup.enter_context(open(self.folder / "lock", "w"))  # noqa: SIM115
+        with suppress(ImportError):  # on Windows nothing is locked
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in self.damaged:
+            path.unlink()
+        for name in self.FILES:
+            with open(self.folder / name, "ab") as file:
+                shorter = file.tell() < self.sizes[name]
+                require(not shorter, f"{name} is shorter than its checkpoint says")
+                file.truncate(self.sizes[name])
+        aside = self.folder / "args.unfinished"  # never a torn args.json
+        aside.write_text(json.dumps(self.flags, indent=2) + "\n")
+        aside.replace(self.folder / "args.json")
+
+    def start_loggers(self) -> None:
+        """Start TensorBoard, where it is installed, and W&B, where it is asked for."""
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self.folder), purge_step=self.items + 1)
+            self.tensorboard = self.cleanup.enter_context(writer)
+        if self.args.wandb_config is not None:
+            import wandb
+
+            name = self.folder.name
+            options = {"id": name, "name": name, "resume": "allow"}
+            config = json_object(self.args.wandb_config, "wandb_config")
+            self.wandb = wandb.init(**{**options, "config": self.flags, **config})
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object):
-        self.bar.close()
-        if self.tensorboard is not None:
-            with suppress(OSError):
-                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(error is not None))
-        refused = isinstance(error, InputError)
-        if refused:
+        with suppress(OSError):  # of TensorBoard, on a full disk
+            self.cleanup.close()
+        checkpoints = list(self.folder.glob("checkpoint/update_*.pt"))
+        if isinstance(error, InputError):
             place = f", rank {rank()}" if ranks() > 1 else ""
             error.args = (f"{error} (after update {self.updates}{place})",)
-        if rank() == 0 and error is None:
+        elif rank() == 0 and error is None:
             print(*(f"\n{side_by_side(sample)}" for sample in self.shown), sep="\n")
             print(f"\nrun folder: {self.folder}")
-        elif rank() == 0 and self.checkpoints and not refused:
-            print(f"go on with: {self.resume_command()}")
-        if self.joined and (error is None or isinstance(error, SystemExit)):
-            dist.destroy_process_group()
-        if self.lock is not None:
-            self.lock.close()
+        elif rank() == 0 and checkpoints:
+            command = f"train(replace(args, resume={str(self.folder)!r}), task)"
+            if Path(sys.argv[0]).stem == self.script:
+                here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
+                start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
+                resume = [sys.argv[0], "--resume", str(self.folder)]
+                command = f"{start} {shlex.join(resume)}"
+            print(f"go on with: {command}")
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.over.set()
-        if self.signals is not None:
-            signal.set_wakeup_fd(-1)
-            os.close(self.signals[1])
-            self.reader.join()  # a thread that outlives Python's end aborts the process
-
-    def end_in_time(self) -> None:
-        """End a rank that a signal finds waiting for a dead one, where no handler can run, five
-        seconds before torchrun would kill it; other ranks have as long to save."""
-        number = os.read(self.signals[0], 1)  # empty once the run is over
-        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
-        if number and not self.over.wait(grace):
-            os._exit(128 + number[0])
-        os.close(self.signals[0])
+        if self.stop and ranks() > 1:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.joined and (error is None or isinstance(error, SystemExit)):
+            dist.destroy_process_group()
 
     def ask_to_stop(self, number: int, frame: object) -> None:
-        """Handle a signal: stop once the step is done; at once, if it comes a second time."""
+        """Handle a signal: stop once the step is done. If it comes a second time, stop at once;
+        a rank, which torchrun asks twice, five seconds before torchrun would kill it."""
         self.stop = number
-        if ranks() == 1:  # torchrun itself sends its processes a second one
+        if ranks() == 1:
             signal.signal(number, self.handlers[number])
             os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def resume_command(self) -> str:
-        """How to start the script again so that it goes on."""
-        if Path(sys.argv[0]).stem != self.script:
-            return f"train(replace(args, resume={str(self.folder)!r}), task)"
-        here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
-        # --nnodes and its like are as before
-        start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
-        return f"{start} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
+        else:  # it may be waiting for a rank that is dead
+            grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+            signal.setitimer(signal.ITIMER_REAL, grace)
 
     def buffers(self, play: Callable[[list[dict]], list[Sample]]) -> Iterator[list]:
-        """This rank's share of one buffer after another, from where the run stands: whole
-        episodes, by `play`, of as many items at once as the buffer is sure to need, until it
-        holds rollout_buffer_size samples or the epoch is over."""
+        """This rank's share of one buffer after another: whole episodes, by `play`, of as many
+        items at once as the buffer is sure to need, until it is full or the epoch is over."""
         args, dataset = self.args, self.task.train_dataset
         size = math.ceil(args.rollout_buffer_size / ranks())
         at_most = args.num_turns * args.num_generations  # samples of an item
@@ -1313,43 +1216,42 @@ class Run:
                 samples += play([dataset[k] for k in places])
             yield samples  # maybe none, where only other ranks have items left
 
-    def crossed(self, interval: int) -> bool:
-        """Whether the last update passed a multiple of `interval` items, or was the last."""
-        passed = interval > 0 and self.items_before // interval < self.items // interval
-        return passed or self.items == self.total_items
+    def due(self, last: int, interval: int) -> bool:
+        """Whether the run passed a multiple of `interval` items since `last`, or is over."""
+        step = interval or math.inf
+        passed = last // step < self.items // step
+        return last < self.items and (passed or self.items == self.total_items)
 
     def evaluation_due(self) -> bool:
         """Whether to evaluate now: at the start, every eval_interval items, at the end."""
-        due = self.items == 0 or self.crossed(self.args.eval_interval)
-        return due and self.evaluated_items < self.items
+        return self.due(self.evaluated_items, self.args.eval_interval)
 
     def log_update(self, samples: list[Sample], losses: dict[str, float]) -> None:
         """Count an update's samples, write a line every logging_steps items, save if due."""
         generations, interval = self.args.num_generations, self.args.save_interval
         self.taken += sum(sample.done for sample in samples) // generations
         samples = list(chain(*gather(samples)))
-        episodes = sum(sample.done for sample in samples)
-        self.items_before = self.items
-        self.items += episodes // generations
+        items = sum(sample.done for sample in samples) // generations
+        self.items += items
         self.samples += len(samples)
         self.updates += 1
-        metrics = rollout_metrics(self.task, samples, "rollout")
-        for name, value in (metrics | losses).items():
+        metrics = rollout_metrics(self.task, samples, "rollout") | losses
+        for name, value in metrics.items():
             self.pending.setdefault(name, []).append(value)
         self.log_samples(samples, "train")
         lap = self.lap()
         self.seconds.update(lap)
         self.train_seconds += lap.total()
-        rate, total = self.samples / self.train_seconds, self.seconds.total()
-        if self.crossed(self.args.logging_steps):
-            means = {name: float(np.mean(v)) for name, v in self.pending.items()}
+        rate = self.samples / self.train_seconds
+        if self.due(self.logged_items, self.args.logging_steps):
+            line = {name: float(np.mean(v)) for name, v in self.pending.items()}
             for phase, seconds in self.seconds.items():
-                means[f"time/{phase}_share"] = seconds / total
-            self.write(means | {"time/samples_per_second": rate})
-            self.pending, self.seconds = {}, Counter()
-        self.bar.update(self.items - self.items_before)
-        reward = sum(sample.reward for sample in samples) / episodes
-        shown = f"update {self.updates}, reward {reward:.3f}, {rate:.3g} samples/s"
+                line[f"time/{phase}_share"] = seconds / self.seconds.total()
+            self.log(line | {"time/samples_per_second": rate})
+            self.pending, self.seconds, self.logged_items = {}, Counter(), self.items
+        reward = f"reward {metrics['rollout/return']:.3f}"
+        self.bar.update(items)
+        shown = f"update {self.updates}, {reward}, {rate:.3g} samples/s"
         self.bar.set_postfix_str(shown)
         more = self.items < self.total_items
         self.pause(interval > 0 and more and self.updates % interval == 0)
@@ -1361,14 +1263,12 @@ class Run:
         if samples:
             with fresh_randomness(self.args.seed):
                 metrics = rollout_metrics(self.task, samples, "eval")
-            self.write(metrics)
+            self.log(metrics)
             self.log_samples(samples, "eval")
-            self.shown = samples[:3]
-            self.show_samples()
             if rank() == 0:
                 reward = f"reward {metrics['eval/return']:.3f}"
                 self.bar.write(f"evaluation after {self.items} items: {reward}")
-        self.lap()  # nor is this
+        self.lap()  # it is no training time
         self.pause(self.args.save_interval > 0 and self.items == self.total_items)
 
     def pause(self, due: bool) -> None:
@@ -1379,6 +1279,25 @@ class Run:
             self.lap()  # nor is this
         if stop:
             raise SystemExit(128 + stop)
+
+    def save_checkpoint(self) -> None:
+        """Write all that going on needs; raises InputError where it cannot be written."""
+        everyone = gather((self.taken, random_states()))
+        folder = self.folder / "checkpoint"
+        if rank() == 0:
+            with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
+                folder.mkdir(exist_ok=True)
+                for name in self.FILES:
+                    with open(self.folder / name, "ab") as file:
+                        os.fsync(file.fileno())
+                        self.sizes[name] = file.tell()
+                self.elapsed = time.perf_counter() - self.start
+                state = {"run": {name: getattr(self, name) for name in self.STATE}}
+                state |= {"ranks": everyone, "sizes": self.sizes}
+                parts = self.parts.items()
+                state["parts"] = {name: part.state_dict() for name, part in parts}
+                write_checkpoint(folder, self.updates, state)
+        gather(None)  # no rank goes on, or ends, before the checkpoint is there
 
     def lap(self) -> Counter[str]:
         """The seconds of each phase, and of the rest, since this was last asked."""
@@ -1391,30 +1310,14 @@ class Run:
         self.mark = now
         return seconds
 
-    def log_samples(self, samples: list[Sample], phase: str) -> None:
-        """Append the first log_samples joint samples to samples.jsonl."""
-        keys = ("turn", "item", "prompts", "completions", "reward")
-        for sample in samples[: self.args.log_samples]:
-            line = {"step": self.items, "phase": phase}
-            self.append("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
-
-    def show_samples(self) -> None:
-        """Give the loggers the evaluation's samples that the run prints at its end."""
-        if self.tensorboard is not None:
-            text = "\n\n".join(map(side_by_side, self.shown))
-            text = textwrap.indent(text, "    ", lambda line: True)  # as it stands
-            self.tensorboard.add_text("eval/samples", text, self.items)
-        if self.wandb is not None:
-            from wandb import Table
-
-            agents = [f"agent {agent}" for agent in range(self.args.num_agents)]
-            rows = [[*dialogues(sample), sample.reward] for sample in self.shown]
-            table = Table(columns=[*agents, "reward"], data=rows)
-            self.wandb.log({"eval/samples": table}, step=self.items)
-
-    def write(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl, and tell the other loggers."""
-        line = {"step": self.items, "update": self.updates} | with_team_means(metrics)
+        teams: dict[str, list[float]] = {}  # name/agent_0, name/agent_1, ... as name
+        for key, value in metrics.items():
+            teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
+        line = {"step": self.items, "update": self.updates}
+        line |= {name: float(np.mean(values)) for name, values in teams.items()}
+        line |= metrics
         line["time/seconds"] = time.perf_counter() - self.start
         self.append("metrics.jsonl", line)
         if self.tensorboard is not None:
@@ -1423,6 +1326,28 @@ class Run:
                     self.tensorboard.add_scalar(name, value, self.items)
         if self.wandb is not None:
             self.wandb.log(line, step=self.items)
+
+    def log_samples(self, samples: list[Sample], phase: str) -> None:
+        """Append the first log_samples joint samples to samples.jsonl; of an evaluation, show
+        three to the other loggers, and at the end of the run."""
+        keys = ("turn", "item", "prompts", "completions", "reward")
+        for sample in samples[: self.args.log_samples]:
+            line = {"step": self.items, "phase": phase}
+            self.append("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
+        if phase == "train":
+            return
+        self.shown = samples[:3]
+        if self.tensorboard is not None:
+            text = "\n\n".join(map(side_by_side, self.shown))
+            text = textwrap.indent(text, "    ", lambda line: True)  # as it stands
+            self.tensorboard.add_text("eval/samples", text, self.items)
+        if self.wandb is not None:
+            from wandb import Table
+
+            columns = [*(f"agent {k}" for k in range(self.args.num_agents)), "reward"]
+            rows = [[*dialogues(sample), sample.reward] for sample in self.shown]
+            table = Table(columns=columns, data=rows)
+            self.wandb.log({"eval/samples": table}, step=self.items)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append a line of JSON to a file of the run folder."""
@@ -1433,8 +1358,7 @@ class Run:
                     file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
 
     def save(self) -> None:
-        """Write each model as a Hugging Face folder, a value head as value_head.pt in it, and
-        curves.png."""
+        """Write each model as a folder, with its value head, and curves.png."""
         writes = rank() == 0 and not self.args.eval_only
         for name, learner in self.learners.items() if writes else ():
             folder, head = self.folder / name, learner.value_head

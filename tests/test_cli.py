@@ -28,7 +28,7 @@ CASES = {
     ),
     "formatters": (
         ["--task", "F:" + GOOD + ", formatters=[str])"],
-        "1 formatters for 2 agents",
+        "formatters lists 1, expected 2",
     ),
     "unknown task": (
         ["--task", "chess"],
@@ -46,14 +46,26 @@ CASES = {
     "nan": (["--temperature", "nan"], "temperature must be above 0, got nan"),
     "dtype": (["--dtype", "float16"], "dtype must be float32 or bfloat16"),
     "device": (["--device", "abacus"], "device 'abacus' cannot be used"),
-    "empty": (["--task", "F:task = Task([], print)"], "empty train_dataset"),
-    "a stream": (["--task", "F:task = Task(iter([]), print)"], "with a length"),
-    "empty evaluation": (["--task", "F:" + GOOD + ", [])"], "empty eval_dataset"),
+    "empty": (
+        ["--task", "F:task = Task([], print)"],
+        "train_dataset must be a list, or a dataset with a length, of one",
+    ),
+    "a stream": (
+        ["--task", "F:task = Task(iter([]), print)"],
+        "train_dataset must be a list, or a dataset with a length",
+    ),
+    "empty evaluation": (
+        ["--task", "F:" + GOOD + ", [])"],
+        "eval_dataset must be a list, or a dataset with a length, of one",
+    ),
     "nothing to evaluate": (
         ["--eval-only", "--task", "F:" + GOOD + ")"],
-        "no eval_dataset",
+        "eval_dataset must be a list, or a dataset with a length, of one",
     ),
-    "no prompt": (["--task", "F:task = Task([{'q': 1}], print)"], "item has no prompt"),
+    "no prompt": (
+        ["--task", "F:task = Task([{'q': 1}], print)"],
+        "without a formatter: expected a prompt",
+    ),
     "empty prompt": (
         ["--task", "F:task = Task([{'prompt': ''}], print)"],
         "empty prompt",

@@ -157,8 +157,8 @@ def test_damaged_checkpoints_are_named_and_passed_over(
             folder = script.train(replace(args, resume=str(left)), game())
             assert same(outcome(folder), whole)
         else:
-            state, path = common.read_checkpoint(left / "checkpoint")
-            assert path == [older] and state["run"]["updates"] == 6
+            state, damaged = common.read_checkpoint(left / "checkpoint")
+            assert damaged == [newest] and state["run"]["updates"] == 6
         assert f"{newest} is damaged" in capsys.readouterr().err
         if number % 10:
             damage(older, *way)
@@ -588,11 +588,9 @@ def test_items_drawn_at_random_are_the_same_again(script, tmp_path):
 def test_checkpoints_of_the_same_update_and_other_files(tmp_path):
     """The later one counts, the one of the update before stays, and so do strange files."""
     (tmp_path / "keep_me.pt").write_text("a copy of the user's")
-    kept = []
     for update, content in ((1, "a"), (2, "b"), (2, "c"), (2, "d"), (2, "e")):
-        kept = common.write_checkpoint(tmp_path, update, {"content": content}, kept)
-    state, (path,) = common.read_checkpoint(tmp_path)
-    assert state == {"content": "e"} and path == kept[-1]
+        common.write_checkpoint(tmp_path, update, {"content": content})
+    assert common.read_checkpoint(tmp_path) == ({"content": "e"}, [])
     names = sorted(p.name[:15] for p in tmp_path.iterdir())
     assert names == ["keep_me.pt", "update_00000001", "update_00000002"]
 

@@ -160,7 +160,9 @@ def test_formatters_one_for_all_or_one_each():
             common.InputError, match="formatter of agent 0.*expected a prompt"
         ):
             [common.format_prompt(task, item, agent) for agent in range(2)]
-    with pytest.raises(common.InputError, match="no prompt"):
+    with pytest.raises(
+        common.InputError, match="without a formatter: expected a prompt"
+    ):
         common.format_prompt(common.Task([item], print), {"n": 3}, 0)
 
 
