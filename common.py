@@ -638,7 +638,9 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with attempting(f"device {device!r} cannot be used"):
-        return torch.zeros(0, device=device).device
+        found = torch.zeros(0, device=device).device
+    require(found.type in ("cpu", "cuda"), f"device {device!r} is no cpu and no cuda")
+    return found
 
 
 def autocast(learner: Learner, args: Any) -> torch.autocast:
@@ -686,15 +688,26 @@ def load_model(
     failure = f"model {name!r} cannot be loaded"
     with attempting(failure), fresh_randomness(args.seed + 1000 * index):
         if name == "tiny":
-            model = auto_class.from_config(LlamaConfig(**{**TINY, **options}))
+            config = LlamaConfig(**{**TINY, **options})
         else:
             options = {**options, **hub, "return_unused_kwargs": True}
             config, options = AutoConfig.from_pretrained(name, **options)
-            for key, value in config.to_dict().items():
-                if "drop" in key and isinstance(value, float):
-                    setattr(config, key, 0.0)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        if name == "tiny":
+            model, missing = auto_class.from_config(config), []
+        else:
             options |= {"config": config, **hub, "dtype": torch.float32}
-            model = auto_class.from_pretrained(name, **options)
+            options["output_loading_info"] = True
+            model, loaded = auto_class.from_pretrained(name, **options)
+            missing = sorted(loaded["missing_keys"])
+    lacks = f"is no {auto_class.__name__}: its weights lack {', '.join(missing)[:100]}"
+    require(not missing, f"model {name!r} {lacks}")
+    needed = ["position_ids"] + ["cache"] * model.can_generate()
+    takes = inspect.signature(model.forward).parameters
+    lacks = f"takes no {' or no '.join(needed)}, which left-padded batches need"
+    require(all(x in takes for x in needed), f"model {name!r} {lacks}")
     fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
     require(fits, f"tokenizer {reader!r} has more tokens than model {name!r} embeds")
     if model.can_generate():
@@ -749,7 +762,8 @@ def encode(
     if actions:
         encoded = tokenizer(actions, add_special_tokens=False).input_ids
         ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
-    limit = getattr(learner.model.config, "max_position_embeddings", None) or math.inf
+    config = learner.model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     longest = max(map(len, ids), default=0)
     reads = f"{learner.name} is to read {longest} tokens and to write {room}"
     require(longest + room <= limit, f"{reads}: its model takes {limit} in all")

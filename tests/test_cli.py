@@ -45,6 +45,7 @@ CASES = {
     "temperature 0": (["--temperature", "0"], "temperature must be above 0, got 0.0"),
     "nan": (["--temperature", "nan"], "temperature must be above 0, got nan"),
     "dtype": (["--dtype", "float16"], "dtype must be float32 or bfloat16"),
+    "meta": (["--device", "meta"], "device 'meta' is no cpu and no cuda"),
     "device": (["--device", "abacus"], "device 'abacus' cannot be used"),
     "empty": (
         ["--task", "F:task = Task([], print)"],

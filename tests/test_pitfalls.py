@@ -22,7 +22,13 @@ from conftest import (
     tiny_args,
     update_actor,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    GenerationConfig,
+)
 
 import common
 
@@ -126,6 +132,32 @@ def test_05_no_dropout(script, tmp_path):
         logprobs_of(script, actor, [[5, 6]], [[7, 8]], script.Args()) for _ in range(2)
     ]
     assert torch.equal(*twice)
+
+
+def test_05_no_dropout_in_the_tiny_model(script):
+    args = script.Args(device="cpu", model_config='{"attention_dropout": 0.5}')
+    (actor,) = common.load_learners("agent", AutoModelForCausalLM, ["tiny"], args)
+    assert actor.model.config.attention_dropout == 0
+
+
+def test_04_a_model_without_positions_is_refused(script, tmp_path):
+    """BART would read a left-padded row as another text; Mamba would count the mask twice."""
+    small = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+    sizes = small | {"decoder_ffn_dim": 16, "vocab_size": 99, "encoder_layers": 1}
+    AutoModelForCausalLM.from_config(BartConfig(**sizes)).save_pretrained(tmp_path)
+    common.tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(common.InputError, match="takes no position_ids or no cache"):
+        script.train(tiny_args(script, tmp_path, agent_model=str(tmp_path)))
+
+
+def test_a_folder_without_a_language_model_head_is_no_actor(script, tmp_path):
+    """Its head would be new and random."""
+    name = save_model(tmp_path / "whole")
+    AutoModel.from_pretrained(name).save_pretrained(tmp_path / "backbone")
+    common.tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    args = tiny_args(script, tmp_path, agent_model=str(tmp_path / "backbone"))
+    with pytest.raises(common.InputError, match="weights lack lm_head.weight"):
+        script.train(args, small_task())
 
 
 def test_06_weights_are_float32(script, tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from tasks import hidden_cards, length_ratio
+from transformers import PretrainedConfig
 
 import common
 
@@ -218,7 +219,7 @@ def test_task_files(tmp_path):
 def test_messages_go_through_the_chat_template_where_there_is_one():
     tokenizer = common.tiny_tokenizer()
     learner = common.Learner(
-        "agent_0", "tiny", SimpleNamespace(config=SimpleNamespace()), tokenizer
+        "agent_0", "tiny", SimpleNamespace(config=PretrainedConfig()), tokenizer
     )
     chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
     texts = [tokenizer.decode(ids) for ids in common.encode(learner, [chat, "plain"])]
