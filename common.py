@@ -445,7 +445,10 @@ def load_task(args: Any, task: Task | None) -> Task:
         source = f"train_file {args.train_file!r}"
         with attempting(f"{source} cannot be read"):
             lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
-            items = [json.loads(line) for line in lines if line.strip()]
+        items = []
+        for number, line in enumerate(lines, start=1):
+            with attempting(f"{source}, line {number}, is no JSON"):
+                items += [json.loads(line)] if line.strip() else []
         texts = [x.get("prompt") if isinstance(x, dict) else None for x in items]
         good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
         wanted = "expected 2 items or more, each with a text as its prompt"

@@ -1,6 +1,6 @@
 """IAC with shared models: independent actor-critic for a team of language models.
 
-Agent i = 1..N is prompted with h_{i,t} at turn t = 0..H-1 and writes a_{i,t}, its tokens
+Agent i = 1..N is prompted with h_{i,t} at turn t = 0, 1, ... and writes a_{i,t}, its tokens
 up to and including the end of sequence, unseen by the others. The team is paid one reward
 r_t per joint completion. Here V_t = V_i(h_{i,t}): each agent's critic is a value head on
 the agent's own backbone, read at the last token of what the critic is to judge.
@@ -76,9 +76,9 @@ class Args(common.RunArgs):
     agent_learning_rate: float = 2e-3
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
-    """Learning rate of the critics (Adam); of an actor's own value head, of that alone."""
+    """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
     value_loss_coef: float = 1.0
-    """Weight of the critic loss; to a critic with an Adam of its own, under clipping only."""
+    """Weight of the critic loss; a critic's own Adam feels it under max_grad_norm only."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True

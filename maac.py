@@ -1,6 +1,6 @@
 """MAAC: multi-agent actor-critic, a centralized critic for a team of language models.
 
-Agent i = 1..N is prompted with h_{i,t} at turn t = 0..H-1 and writes a_{i,t}, its tokens
+Agent i = 1..N is prompted with h_{i,t} at turn t = 0, 1, ... and writes a_{i,t}, its tokens
 up to and including the end of sequence, unseen by the others. The team is paid one reward
 r_t per joint completion. Here V_t = V(H_t): one centralized critic model reads the joint
 history H_t, the prompts of all agents, and weighs every agent's actions.
@@ -11,7 +11,7 @@ history H_t, the prompts of all agents, and weighs every agent's actions.
 (4) actor loss_i = −mean[log π_i(a_{i,t}|h_{i,t}) · A_t] − entropy_coef · entropy_i
 (5) critic loss = value_loss_coef · mean[(y_t − V_t)²]
 
-With --critic-type q the critic reads the action too, Q_t = Q(H_t, A_t), and Q
+With --critic-type q the critic reads the actions too, Q_t = Q(H_t, a_{1,t}, ..., a_{N,t}), and Q
 takes the place of V in (2) and (5). The actor's weight (3) is then Q_t itself, as in the
 policy-gradient theorem, centred by advantage normalization. Not y_t − Q_t: given history
 and action its mean is zero once Q is right, and the policy would stop learning.
@@ -72,9 +72,9 @@ class Args(common.RunArgs):
     agent_learning_rate: float = 2e-3
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
-    """Learning rate of the critics (Adam); of an actor's own value head, of that alone."""
+    """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
     value_loss_coef: float = 1.0
-    """Weight of the critic loss; to a critic with an Adam of its own, under clipping only."""
+    """Weight of the critic loss; a critic's own Adam feels it under max_grad_norm only."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
@@ -236,7 +236,7 @@ def collect(
 
 
 def critic_texts(critic: Learner, samples: list[Sample], args: Args) -> Ids:
-    """What the critic reads, by its own tokenizer: H (v), or H and then A (q)."""
+    """What the critic reads, by its own tokenizer: H (v), or H and all completions (q)."""
     agents, line = range(args.num_agents), "Agent {}: {}\n".format
     histories = [map(line, agents, map(common.render, s.prompts)) for s in samples]
     actions = ["".join(map(line, agents, s.actions(critic))) for s in samples]

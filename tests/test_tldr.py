@@ -296,8 +296,8 @@ GOOD = b'{"prompt": "x"}\n'
         (GOOD * 2 + b'{"post": "x"}', UNUSABLE),
         (GOOD * 2 + b'{"prompt": null}', UNUSABLE),
         (GOOD * 2 + b'{"prompt": " "}', UNUSABLE),
-        (GOOD + b'{"prompt": \n', "cannot be read: "),
-        (b"prompt,text\n1,2\n", "cannot be read: "),
+        (GOOD + b'{"prompt": \n', ", line 2, is no JSON: "),
+        (b"prompt,text\n1,2\n", ", line 1, is no JSON: "),
         (b'{"prompt": "\xff"}\n' * 2, "cannot be read: "),
         (None, "cannot be read: .*No such file"),
     ],
@@ -311,7 +311,7 @@ def test_a_train_file_that_cannot_be_used(content, expected, tmp_path):
     if content is not None:
         path.write_bytes(content)
     args = SimpleNamespace(**{**vars(ARGS), "train_file": str(path)})
-    assert re.match(f"train_file {str(path)!r}:? {expected}", refused(args))
+    assert re.match(f"train_file {str(path)!r}:? ?{expected}", refused(args))
 
 
 def test_a_run_refuses_them_before_there_is_one(script, tmp_path):

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (1, "score raw logits", "warp(logits, args, tokens)", "logits.float()", "test_01_logprobs"),
@@ -69,9 +71,8 @@ def tests_pass(tree: Path, names: str) -> bool:
     return done.returncode == 0
 
 
-def main() -> None:
+def main(pitfalls: tyro.conf.Positional[tuple[int, ...]] = ()) -> None:
     """Try every mutant, or those of the pitfalls given, and say which were killed."""
-    pitfalls = {int(number) for number in sys.argv[1:]}
     chosen = [mutant for mutant in MUTANTS if not pitfalls or mutant[0] in pitfalls]
     survivors = 0
     for pitfall, what, old, new, names in chosen:
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
