@@ -333,9 +333,10 @@ def test_a_second_signal_stops_at_once(script, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(common.Run, "log_update", twice)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         script.train(flags(script, tmp_path), game())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_the_command_line_of_a_stopped_run(tmp_path):
