@@ -219,7 +219,7 @@ def test_command(command, project, request):
         prolonged = True
     folder = project / out.split("run folder: ")[-1].strip()
     assert (folder / "metrics.jsonl").is_file()
-    assert ("completions" in out) == prolonged
+    assert ("\nagent 0 " in out) == prolonged
 
 
 def test_the_python_examples(project):

@@ -20,7 +20,7 @@ from conftest import (
     update_actor,
 )
 from test_pitfalls import save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import common
 
@@ -182,7 +182,8 @@ def test_critics_go_on_where_a_run_left_them(script, tmp_path):
     args = tiny_args(script, tmp_path, agents=agents, **heads)
     names = heads.get("critics", agents)
     role = "agent" if script.__name__ == "iac_shared" else "critic"
-    learners = common.load_learners(role, AutoModelForCausalLM, list(names), args)
+    auto_class = AutoModelForCausalLM if role == "agent" else AutoModel
+    learners = common.load_learners(role, auto_class, list(names), args)
     for learner in learners:
         learner.value_head = script.value_head(learner, None)
     common.restore_heads(learners, args)
