@@ -31,6 +31,13 @@ import common
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, those that hold a real model run on one: two would need 20 GB."""
+    for item in items:
+        if item.path.stem in ("test_readme", "test_smollm2"):
+            item.add_marker(pytest.mark.xdist_group("real_model"))
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request: pytest.FixtureRequest) -> ModuleType:
     """Each of the three scripts in turn."""
