@@ -31,6 +31,7 @@ import common
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, those that hold a real model run on one: two would need 20 GB."""
     for item in items:
