@@ -1,8 +1,11 @@
 """What the tests share: the three scripts, micro-models, tasks small enough to enumerate."""
 
+import fcntl
 import importlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,14 +34,6 @@ import common
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, those that hold a real model run on one: two would need 20 GB."""
-    for item in items:
-        if item.path.stem in ("test_readme", "test_smollm2"):
-            item.add_marker(pytest.mark.xdist_group("real_model"))
-
-
 @pytest.fixture(params=SCRIPTS)
 def script(request: pytest.FixtureRequest) -> ModuleType:
     """Each of the three scripts in turn."""
@@ -46,12 +41,15 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture
-def smollm2() -> str:
-    """The folder of SmolLM2-135M-Instruct; skips where it was not made."""
+def smollm2() -> Iterator[str]:
+    """The folder of SmolLM2-135M-Instruct; skips where it was not made. One test at a time has
+    it, whatever the workers: two could need more than 20 GB."""
     folder = os.environ.get("SMOLLM2", str(ROOT / ".cache" / "smollm2"))
     if not (Path(folder) / "model.safetensors").is_file():
         pytest.skip(f"no model in {folder}: python tests/smollm2.py {folder}")
-    return folder
+    with open(Path(tempfile.gettempdir()) / "smollm2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 @pytest.fixture

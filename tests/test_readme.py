@@ -62,7 +62,7 @@ RUN_BY = {
     r"diff iac_separate\.py maac\.py": "test_the_differences_are_as_many_as_it_says",
     r"git apply (-R|tests/exercises/gae\.patch)": "test_exercises.py",
     r"python -m pytest tests -k test_07": "test_the_pitfalls_are_those_of_the_tests",
-    r"python -m pytest -n 2 --dist loadgroup tests": ".ci/run",
+    r"python -m pytest -n 2 --dist worksteal tests": ".ci/run",
     r"python tests/smollm2\.py .*": ".ci/run",
     r"pip install (-r requirements\.txt|matplotlib|pytest pytest-xdist matplotlib|datasets)": ".ci/run",
     r"python -m venv .venv": ".ci/run",
