@@ -22,8 +22,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
@@ -65,11 +65,13 @@ def require(condition: Any, sentence: str) -> None:
 @contextmanager
 def attempting(what: str, of_user: bool = False) -> Iterator[None]:
     """Turn an exception inside into an InputError: `what`, and the reason. Of a user's code
-    (of_user) the sentence says what it raised, and where."""
+    (of_user) the sentence says what it raised, and where, or what is wrong with its result."""
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if not of_user:
+            raise
+        raise InputError(f"{what}: {error}") from error
     except Exception as error:
         kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
         if not of_user:
@@ -169,7 +171,7 @@ class RunArgs:
 FREE_FLAGS = (
     "num_train_epochs", "save_interval", "resume", "eval_interval", "eval_num_samples",
     "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "exp_name", "output_dir",
-    "device", "agent_devices", "critic_devices", "task", "train_file", "identity",
+    "device", "agent_devices", "critic_devices", "task", "train_file",
 )  # fmt: skip
 LIMITS = (  # flags, what they must be, whether a value is that
     ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
@@ -197,15 +199,10 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
         return args
     with attempting(f"{args.resume!r} is no run of this script"):
         saved = json.loads((Path(args.resume) / "args.json").read_text())
-        del saved["identity"]
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        run = args_class(**saved)
+        flags = {field.name: saved[field.name] for field in fields(args_class)}
+        flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+        run = args_class(**flags)
     return tyro.cli(args_class, args=arguments, default=run)
-
-
-def plain_args(args: Any) -> dict[str, Any]:
-    """The flags as JSON has them, without `resume`."""
-    return json.loads(json.dumps(asdict(args) | {"resume": None}, default=str))
 
 
 def check_args(args: Any) -> None:
@@ -233,11 +230,8 @@ def check_args(args: Any) -> None:
 
 def json_object(text: str | dict, flag: str) -> dict[str, Any]:
     """The dict that a flag's JSON says, or is; InputError if it is anything else."""
-    value = text
-    with suppress(TypeError, json.JSONDecodeError):
-        value = json.loads(text)
-    require(isinstance(value, dict), f"{flag} takes a JSON object, got {text!r:.100}")
-    return value
+    with attempting(f"{flag} takes a JSON object, got {text!r:.100}"):
+        return {**(text if isinstance(text, dict) else json.loads(text))}
 
 
 def one_each(flag: str, given: Sequence[str], default: Sequence[str]) -> list[str]:
@@ -475,45 +469,41 @@ def load_task(args: Any, task: Task | None) -> Task:
 # ---------------------------------------------------- calls of a user's functions
 
 
-def about(task: Task, item: Any) -> str:
-    """How a message about a task's function begins."""
-    return f"task {task.name!r}, item {item!r:.200}"
+def calling(task: Task, item: Any, function: str) -> AbstractContextManager:
+    """Around a call of a task's function, and the checks of what it returned."""
+    who = f"task {task.name!r}, item {item!r:.200}: {function}"
+    return attempting(who, of_user=True)
 
 
-def check_prompt(prompt: Any, who: str) -> Prompt:
+def check_prompt(prompt: Any) -> Prompt:
     """The prompt; InputError unless it is text or a list of chat messages."""
     good = isinstance(prompt, str)
     if isinstance(prompt, list) and prompt:
         keys = {"role", "content"}
         good = all(isinstance(m, dict) and keys <= set(m) for m in prompt)
-    wanted = "expected a prompt, text or chat messages"
-    require(good, f"{who}: {wanted}, got {prompt!r:.100}")
+    require(good, f"expected a prompt, text or chat messages, got {prompt!r:.100}")
     return prompt
 
 
-def check_numbers(values: Any, count: int, who: str) -> list[float]:
+def check_numbers(values: Any, count: int) -> list[float]:
     """The values as floats; InputError unless they are a list of `count` finite numbers."""
     rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
     good = isinstance(rows, list | tuple) and len(rows) == count
     types = int | float | np.number
     good = good and all(isinstance(v, types) and math.isfinite(v) for v in rows)
-    wanted = f"expected a list of {count} finite numbers"
-    require(good, f"{who}: {wanted}, got {values!r:.100}")
+    require(good, f"expected a list of {count} finite numbers, got {values!r:.100}")
     return [float(value) for value in rows]
 
 
 def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
     """An agent's prompt for an item: the item's own, or its formatter's."""
-    who, formatter = about(task, item), task.formatters
-    require(isinstance(item, dict), f"{who}: an item must be a dict")
-    if formatter is None:
-        return check_prompt(item.get("prompt"), f"{who}, without a formatter")
+    formatter = task.formatters
     if isinstance(formatter, Sequence):
         formatter = formatter[agent]
-    who = f"{who}: formatter of agent {agent}"
-    with attempting(who, of_user=True):
-        prompt = formatter(item)
-    return check_prompt(prompt, who)
+    name = f"formatter of agent {agent}" if formatter else "without a formatter"
+    with calling(task, item, name):
+        require(isinstance(item, dict), "an item must be a dict")
+        return check_prompt(formatter(item) if formatter else item.get("prompt"))
 
 
 def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
@@ -550,8 +540,7 @@ def per_agent(rows: Iterable[list]) -> list[list]:
 def pay(task: Task, samples: list[Sample]) -> None:
     """Set the rewards of the joint samples of one item, which the task must pay a number each."""
     item, count = samples[0].item, len(samples)
-    who = f"{about(task, item)}: reward_func"
-    with attempting(who, of_user=True):
+    with calling(task, item, "reward_func"):
         prompts = per_agent(sample.prompts for sample in samples)
         options = {"batch_items": [item], "prompts": prompts}
         parameters = inspect.signature(task.reward_func).parameters.values()
@@ -559,12 +548,11 @@ def pay(task: Task, samples: list[Sample]) -> None:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             options = {key: options[key] for key in taken & set(options)}
         given = task.reward_func(*per_agent(s.completions for s in samples), **options)
-    rewards = check_numbers(given, count, who)
+        rewards = check_numbers(given, count)
     if task.reward_processor is not None:
-        who = f"{about(task, item)}: reward_processor"
-        with attempting(who, of_user=True):
+        with calling(task, item, "reward_processor"):
             given = [task.reward_processor(reward) for reward in rewards]
-        rewards = check_numbers(given, count, who)
+            rewards = check_numbers(given, count)
     for sample, reward in zip(samples, rewards, strict=True):
         sample.reward = reward
 
@@ -584,8 +572,7 @@ def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
     following, count = [], args.num_agents
     for sample in (sample for sample in samples if not sample.done):
         item, history = sample.item, [*sample.history, sample]
-        who = f"{about(task, item)}: external_transition"
-        with attempting(who, of_user=True):
+        with calling(task, item, "external_transition"):
             prompts = task.external_transition(
                 prompt=item.get("prompt"),
                 agent_completions=list(sample.completions),
@@ -593,9 +580,9 @@ def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
                 prompt_history_per_agent=per_agent(s.prompts for s in history),
                 response_history_per_agent=per_agent(s.completions for s in history),
             )
-        fits = isinstance(prompts, list | tuple) and len(prompts) == count
-        require(fits, f"{who}: expected {count} prompts, got {prompts!r:.100}")
-        prompts = [check_prompt(prompt, who) for prompt in prompts]
+            fits = isinstance(prompts, list | tuple) and len(prompts) == count
+            require(fits, f"expected {count} prompts, got {prompts!r:.100}")
+            prompts = [check_prompt(prompt) for prompt in prompts]
         if not args.external_prompt_passthrough:
             items = [{**item, "prompt": prompt} for prompt in prompts]
             prompts = [format_prompt(task, items[k], k) for k in range(count)]
@@ -1078,7 +1065,8 @@ class Run:
         if rank() > 0:
             transformers.set_seed(args.seed + 100_003 * rank())
         self.random = random_states()
-        self.flags = plain_args(args) | {"identity": identity(task, script)}
+        flags = asdict(args) | {"resume": None} | identity(task, script)
+        self.flags = json.loads(json.dumps(flags, default=str))  # as args.json has them
         same = all(self.flags == other for other in gather(self.flags))
         differ = "has other items in every process: draw them from a seed"
         require(same, f"task {task.name!r} {differ}")
@@ -1100,12 +1088,10 @@ class Run:
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
             was = json.loads((self.folder / "args.json").read_text())
-            was |= was["identity"]
-        now = self.flags | self.flags["identity"]
         changes = [
-            f"{name} was {was.get(name)!r} and is {now[name]!r}"
-            for name in now
-            if name not in FREE_FLAGS and was.get(name) != now[name]
+            f"{name} was {was.get(name)!r} and is {now!r}"
+            for name, now in self.flags.items()
+            if name not in FREE_FLAGS and was.get(name) != now
         ]
         require(not changes, f"{failure}: {', '.join(changes)}")
         state, self.damaged = read_checkpoint(self.folder / "checkpoint")

@@ -60,7 +60,7 @@ RUN_BY = {
     r"python tests/benchmarks/survival\.py.*": "test_the_survival_benchmark",
     r"python tests/benchmarks/mutants\.py": "test_the_mutants_benchmark",
     r"diff iac_separate\.py maac\.py": "test_the_differences_are_as_many_as_it_says",
-    r"git apply (-R|tests/exercises/gae\.patch)": "test_exercises.py",
+    r"git apply (-R )?tests/exercises/gae\.patch": "test_exercises.py",
     r"python -m pytest tests -k test_07": "test_the_pitfalls_are_those_of_the_tests",
     r"python -m pytest -n 2 --dist worksteal tests": ".ci/run",
     r"python tests/smollm2\.py .*": ".ci/run",

@@ -286,7 +286,7 @@ def test_the_command_line_takes_the_flags_of_the_run(script, tmp_path, monkeypat
     more = ["--resume", args.resume, "--num-train-epochs", "7", "--agents", "a", "b"]
     parsed = common.parse_args(script.Args, more)
     assert parsed == replace(args, num_train_epochs=7, agents=("a", "b"))
-    for text in ("", "{", '{"colour": 1, "identity": {}}', "[]"):
+    for text in ("", "{", '{"colour": 1}', "[]"):
         (Path(args.resume) / "args.json").write_text(text)
         expected = "no run of this script"
         with pytest.raises(common.InputError, match=expected):

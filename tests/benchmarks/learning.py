@@ -9,7 +9,8 @@ From all lines come OUTPUT/learning.csv (every point of every curve), OUTPUT/lea
 mean and standard deviation over the seeds) and OUTPUT/<task>.png (curves, smoothed over five
 points: mean over the seeds, and the band of one standard deviation).
 
-Reward is the mean in the last tenth of training. The samples to the threshold are the episodes
+Reward is the mean in the last tenth of training. Quarters of training are shown where every
+episode is in samples.jsonl, as with a real model. The samples to the threshold are the episodes
 (with one turn, joint samples) until the mean of the last 600 reaches it; a run that never does
 counts with its whole length.
 
@@ -17,6 +18,7 @@ counts with its whole length.
 tokenizer and hyper-parameters, as many episodes, on both sides no entropy bonus and no gradient
 clipping. What is left of differences: its items are not shuffled, its Adam decays the
 weights (0.01), its value heads do not start at zero, and a shared one learns at the actor's rate.
+groups_of_4 is as_comlrl with our defaults for the two flags that CoMLRL does not have.
 """
 
 import csv
@@ -68,6 +70,7 @@ SETTINGS = {
         "--entropy-coef 0 --max-grad-norm 0 --num-generations 4 --num-train-epochs 3",
         0.8,
     ),
+    "groups_of_4": Setting("--num-generations 4 --num-train-epochs 3", 0.8),
     "three_agents": Setting("--num-agents 3", 0.8),
     "two_turns": Setting(
         "--num-turns 2 --early-termination-threshold -0.01", 0.8, offset=1.0
@@ -102,8 +105,8 @@ class Args:
     """What to measure."""
 
     tasks: tuple[str, ...] = ("two_agents", "hidden_cards")
-    """two_agents, as_comlrl, three_agents, two_turns, hidden_cards, one_hidden_card (the
-    same with one turn), length_ratio, tldr."""
+    """two_agents, as_comlrl, groups_of_4, three_agents, two_turns, hidden_cards,
+    one_hidden_card (the same with one turn), length_ratio, tldr."""
     scripts: tuple[str, ...] = SCRIPTS
     """Scripts to run."""
     seeds: tuple[int, ...] = tuple(range(11, 21))
@@ -157,11 +160,15 @@ def ours(script: str, task: str, seed: int, args: Args) -> dict:
         for name, key in keys.items()
     }
     before = setting.metric.replace("rollout", "eval")
+    episodes = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    rewards = [s["reward"] for s in episodes if s["phase"] == "train"]
+    whole = len(rewards) == generations * lines[-1]["step"]
     return {
         "curves": curves,
         "untrained": evaluations[0][before] + setting.offset,
         "turns": float(np.mean([line["rollout/turns"] for line in train[-10:]])),
         "seconds": lines[-1]["time/seconds"],
+        "rewards": rewards if whole else None,
         "folder": str(folder),
     }
 
@@ -239,16 +246,22 @@ def figures(run: dict) -> dict[str, float]:
             needed, reached = end, True
             break
     tenth = samples > 0.9 * samples[-1]
-    first, last = (samples <= samples[-1] / 4), samples > 0.75 * samples[-1]
-    errors = [rewards[part].var() / part.sum() for part in (first, last)]
     return {
         "reward": float(np.average(rewards[tenth], weights=episodes[tenth])),
         "samples": int(needed),
         "reached": bool(reached),
-        "first_quarter": float(rewards[first].mean()),
-        "last_quarter": float(rewards[last].mean()),
-        "standard_error": float(np.sqrt(sum(errors))),
     }
+
+
+def quarters(runs: list[dict]) -> str:
+    """The mean reward in each quarter of training, and its standard error, over the episodes of
+    all runs; a dash unless samples.jsonl has all of them."""
+    if not all(run.get("rewards") for run in runs):
+        return "-"
+    parts = zip(*(np.array_split(run["rewards"], 4) for run in runs), strict=True)
+    joined = [np.concatenate(part) for part in parts]
+    means = [f"{x.mean():.2f} ({x.std(ddof=1) / len(x) ** 0.5:.2f})" for x in joined]
+    return " → ".join(means)
 
 
 def groups(results: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
@@ -284,7 +297,7 @@ def table(results: list[dict]) -> str:
         "lowest; median; highest",
         "samples to threshold",
         "reached",
-        "quarters: first → last (error)",
+        "quarters (standard error)",
         "turns",
         "explained variance",
         "advantage std",
@@ -295,8 +308,6 @@ def table(results: list[dict]) -> str:
         found = [figures(run) for run in runs]
         rewards = [f["reward"] for f in found]
         three = [np.min(rewards), np.median(rewards), np.max(rewards)]
-        quarters = ("first_quarter", "last_quarter", "standard_error")
-        first, last, error = (np.mean([f[name] for f in found]) for name in quarters)
         cells = [
             task,
             algorithm,
@@ -306,7 +317,7 @@ def table(results: list[dict]) -> str:
             "; ".join(f"{value:.3f}" for value in three),
             spread([f["samples"] for f in found], 0),
             f"{sum(f['reached'] for f in found)} of {len(runs)}",
-            f"{first:.3f} → {last:.3f} ({error:.3f})",
+            quarters(runs),
             spread([run["turns"] for run in runs], 2),
             spread([at_the_end(run, EXPLAINED) for run in runs], 2),
             spread([at_the_end(run, SPREAD) for run in runs], 2),
