@@ -500,10 +500,11 @@ def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
     formatter = task.formatters
     if isinstance(formatter, Sequence):
         formatter = formatter[agent]
-    name = f"formatter of agent {agent}" if formatter else "without a formatter"
+    own = formatter is None
+    name = "without a formatter" if own else f"formatter of agent {agent}"
     with calling(task, item, name):
         require(isinstance(item, dict), "an item must be a dict")
-        return check_prompt(formatter(item) if formatter else item.get("prompt"))
+        return check_prompt(item.get("prompt") if own else formatter(item))
 
 
 def first_turn(task: Task, items: list, args: Any) -> list[Sample]:

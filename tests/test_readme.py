@@ -256,6 +256,20 @@ def test_the_readme_s_team_learns(project):
     assert rewards[0] < 0.15 and rewards[-1] > rewards[0] + 0.2
 
 
+def test_the_learning_benchmark_counts_quarters_over_episodes(monkeypatch):
+    """Two runs of eight episodes: their first, second, third, fourth pairs together."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    from learning import quarters
+
+    runs = [
+        {"rewards": [0, 1, 2, 2, 4, 4, 1, 3]},
+        {"rewards": [1, 2, 2, 2, 8, 8, 3, 5]},
+    ]
+    # 0 1 1 2: deviation sqrt(2/3) over 2; 4 4 8 8: sqrt(16/3) over 2; 1 3 3 5: sqrt(8/3) over 2
+    assert quarters(runs) == "1.00 (0.41) → 2.00 (0.00) → 6.00 (1.15) → 3.00 (0.82)"
+    assert quarters([*runs, {"rewards": None}]) == "-"
+
+
 LEARNING = [c for c in COMMANDS if "learning.py" in c]
 
 
