@@ -1,9 +1,8 @@
-"""Helpers of maac.py, iac_separate.py and iac_shared.py: flags of a run, tasks, models, several
-processes, the run folder and its checkpoints. The algorithms stand in the scripts."""
+"""Helpers of maac.py, iac_separate.py and iac_shared.py: flags of a run, tasks, models and
+tokenizers, ranks, metrics, and the run's folder. The algorithms stand in the scripts."""
 
+import copy
 import ctypes
-import functools
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -12,19 +11,15 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,10 +29,9 @@ import torch.distributed as dist
 import transformers
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -49,7 +43,10 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h; older glibc refuses the first
     _ = libc.mallopt(-3, 2**31 - 1) and libc.mallopt(-1, 2**31 - 1)
 
-Prompt = str | list[dict[str, str]]  # text, or chat messages with role and content
+Prompt = str | list[dict[str, Any]]  # text, or chat messages with role and content
+
+
+# ----------------------------------------------------------------------- errors
 
 
 class InputError(ValueError):
@@ -63,94 +60,60 @@ def require(condition: Any, sentence: str) -> None:
 
 
 @contextmanager
-def attempting(what: str, of_user: bool = False) -> Iterator[None]:
-    """Turn an exception inside into an InputError: `what`, and the reason. Of a user's code
-    (of_user) the sentence says what it raised, and where, or what is wrong with its result."""
+def attempting(what: str) -> Iterator[None]:
+    """Turn an exception inside into an InputError: `what`, why, and where in a user's file."""
     try:
         yield
-    except InputError as error:
-        if not of_user:
-            raise
-        raise InputError(f"{what}: {error}") from error
-    except Exception as error:
-        kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
-        if not of_user:
-            raise InputError(f"{what}: {reason or kind}") from error
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if not f.filename.startswith((__file__, "<frozen"))]
-        where = f" at {theirs[0].filename}, line {theirs[0].lineno}" if theirs else ""
-        raise InputError(f"{what} raised {kind}: {reason}{where}") from error
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, InputError):
+            reason = f"{type(error).__name__}: {reason}"
+            known = (__file__, sys.prefix, sys.base_prefix, "<")
+            frames = traceback.extract_tb(error.__traceback__)
+            theirs = [f for f in frames if not f.filename.startswith(known)]
+            if theirs:
+                reason += f" at {theirs[-1].filename}, line {theirs[-1].lineno}"
+        raise InputError(f"{what}: {reason}") from error
 
 
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Turn an InputError into its sentence on standard error and exit status 2."""
+def main(args_class: type, train: Callable) -> None:
+    """Train with the flags of the command line. What a user can mend becomes a sentence on
+    standard error and exit status 2."""
+    sys.stdout.reconfigure(errors="replace")  # a ? for what a terminal cannot show
     try:
-        yield
-    except InputError as error:
-        off_the_bar = "\n" if ranks() > 1 else ""  # which is another rank's
-        print(f"{off_the_bar}error: {error}", file=sys.stderr)
+        train(parse_args(args_class))
+    except (InputError, OSError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------- arguments
+# --------------------------------------------------------------- flags of a run
 
 
 @dataclass
 class RunArgs:
-    """The flags that are no algorithm's: task, models, evaluation, logging."""
+    """Flags that prolong, place or log a run: they may differ when it is resumed."""
 
     # the run
 
     exp_name: str | None = None
     """First part of the run folder's name; None = the script's name."""
-    seed: int = 1
-    """Seed of the weights, of the order of the items and of the sampling."""
-    task: str = "sum_to_target"
-    """sum_to_target, a file of tests/tasks by its name, or a .py file of your own."""
-    train_file: str | None = None
-    """JSON lines, an item each, in place of the task's; the last tenth is for evaluation."""
-    num_train_epochs: int = 20
-    """Passes over the train dataset."""
     output_dir: str = "runs"
     """Where the run folder is made."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto = cuda where there is one; under torchrun a GPU each."""
-    agent_devices: tuple[str, ...] = ()
-    """One device for all agents, or one for each; () = device."""
-    critic_devices: tuple[str, ...] = ()
-    """The same for critics; () = the agents'. iac_shared.py refuses it."""
-    dtype: str = "float32"
-    """Compute type: float32, or bfloat16 by autocast; weights are float32 always."""
-    eval_only: bool = False
-    """Evaluate the given agents and train nothing."""
-    wandb_config: str | None = None
-    """JSON keyword arguments of wandb.init, such as '{"project": "maac"}'; None = off."""
-    save_interval: int = 50
-    """Updates between checkpoints, and one at the end; 0 = only when a signal stops the run."""
     resume: str | None = None
     """Run folder to go on in; on the command line, flags not given are that run's."""
-
-    # the models
-
-    num_agents: int = 2
-    """Agents in the team, at least 1."""
-    agent_model: str = "tiny"
-    """Model of every agent: tiny (built in), a folder, or a name on the hub."""
-    agents: tuple[str, ...] = ()
-    """One model per agent, where they differ; overrides agent_model."""
-    critic_model: str | None = None
-    """Model of every critic; None = its agent's, or the first agent's for maac.py."""
-    critics: tuple[str, ...] = ()
-    """One model per critic (one for maac.py); iac_shared.py refuses both flags."""
-    tokenizer: str | None = None
-    """Tokenizer of every model; None = each model's own."""
-    model_config: str = "{}"
-    """JSON keyword arguments of from_pretrained, or of the tiny model's LlamaConfig."""
-    external_prompt_passthrough: bool = False
-    """Use the transition's prompts as they are, not through the formatters."""
+    num_train_epochs: int = 20
+    """Passes over the train dataset."""
+    device: tuple[str, ...] = ("auto",)
+    """cpu, cuda, ..., or several, which the learners take in turn; auto = cuda where it is."""
+    save_interval: int = 50
+    """Updates between checkpoints, and one at the end; 0 = only when the run is stopped."""
+    eval_only: bool = False
+    """Evaluate the given agents and train nothing."""
 
     # evaluation and logging
 
@@ -164,31 +127,36 @@ class RunArgs:
     """Items between lines of metrics.jsonl, each the mean since the line before."""
     log_samples: int = 2
     """Joint samples written to samples.jsonl at each update."""
+    wandb_config: str | None = None
+    """JSON keyword arguments of wandb.init, such as '{"project": "maac"}'; None = off."""
 
 
-# Flags that may differ when a run is resumed: they prolong it, log it or place it, or name a
-# file, whose content counts.
-FREE_FLAGS = (
-    "num_train_epochs", "save_interval", "resume", "eval_interval", "eval_num_samples",
-    "eval_batch_size", "logging_steps", "log_samples", "wandb_config", "exp_name", "output_dir",
-    "device", "agent_devices", "critic_devices", "task", "train_file",
-)  # fmt: skip
-LIMITS = (  # flags, what they must be, whether a value is that
-    ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
-        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
-        critic_value_head_hidden_dim eval_num_samples eval_batch_size logging_steps""",
-     "at least 1", lambda v: v >= 1),
-    ("agent_learning_rate critic_learning_rate value_clip_range temperature",
-     "above 0", lambda v: 0 < v < math.inf),
-    ("""value_loss_coef entropy_coef max_grad_norm eval_interval save_interval
-        log_samples""", "at least 0", lambda v: 0 <= v < math.inf),
-    ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
-    ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
-    ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
-    ("critic_type", "v or q", lambda v: v in ("v", "q")),
-    ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
-)  # fmt: skip
+@dataclass
+class TaskArgs(RunArgs):
+    """And those of the task and the team."""
+
+    # the task and the team
+
+    seed: int = 1
+    """Seed of the weights, of the order of the items and of the sampling."""
+    task: str = "sum_to_target"
+    """sum_to_target, or a .py file: tests/tasks/hidden_cards.py, or one of your own."""
+    train_file: str | None = None
+    """JSON lines, an item each, in place of the task's; the last tenth is for evaluation."""
+    num_agents: int = 2
+    """Agents in the team, at least 1."""
+    agent_model: str = "tiny"
+    """Model of every agent: tiny (built in), a folder, or a name on the hub."""
+    agents: tuple[str, ...] = ()
+    """One model per agent, where they differ; overrides agent_model."""
+    tokenizer: str | None = None
+    """Tokenizer of every model; None = each model's own."""
+    model_config: str = "{}"
+    """JSON keyword arguments of from_pretrained, or of the tiny model's LlamaConfig."""
+    dtype: str = "float32"
+    """Compute type: float32, or bfloat16 by autocast; weights are float32 always."""
+    external_prompt_passthrough: bool = False
+    """Use the transition's prompts as they are, not through the formatters."""
 
 
 def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
@@ -206,26 +174,24 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
 
 
 def check_args(args: Any) -> None:
-    """Raise InputError for a flag that cannot be used, or not beside another."""
-    for flags, wanted, fits in LIMITS:
-        for flag in flags.split():
-            value = getattr(args, flag, None)
-            good = value is None or fits(value)
-            require(good, f"{flag} must be {wanted}, got {value!r}")
-    pick_device(args.device)
-    config = json_object(args.model_config, "model_config")
-    halved = {"dtype", "torch_dtype"} & set(config)
-    require(not halved, "model_config cannot set a dtype: --dtype is the compute type")
+    """Raise InputError for a flag that cannot be used."""
+    may_be_zero = ("seed", "discount", "value_loss_coef", "entropy_coef", "max_grad_norm",
+                   "eval_interval", "save_interval", "log_samples")  # fmt: skip
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "early_termination_threshold":
+            least = "at least 0" if name in may_be_zero else "above 0"
+            good = 0 < value < math.inf or (value == 0 and name in may_be_zero)
+            require(good, f"{name} must be {least}, got {value}")
+            most = 1 if name in ("top_p", "discount") else math.inf
+            require(value <= most, f"{name} must be at most {most}, got {value}")
+    for name, words in {
+        "critic_type": "v or q",
+        "dtype": "float32 or bfloat16",
+    }.items():
+        value = getattr(args, name)
+        require(value in words.split(" or "), f"{name} must be {words}, got {value!r}")
     both = args.resume is not None and args.eval_only
     require(not both, "resume goes on with training, and eval_only trains nothing")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        placed = args.agent_devices or args.critic_devices or ":" in args.device
-        wanted = "--device cpu or cuda, without a number, and no agent_devices or critic_devices"
-        require(not placed, f"under torchrun give {wanted}")
-    if args.wandb_config is not None:
-        json_object(args.wandb_config, "wandb_config")
-        found = importlib.util.find_spec("wandb")
-        require(found, "wandb_config needs the package wandb: pip install wandb")
 
 
 def json_object(text: str | dict, flag: str) -> dict[str, Any]:
@@ -234,85 +200,27 @@ def json_object(text: str | dict, flag: str) -> dict[str, Any]:
         return {**(text if isinstance(text, dict) else json.loads(text))}
 
 
-def one_each(flag: str, given: Sequence[str], default: Sequence[str]) -> list[str]:
-    """What a flag lists, or the default; InputError if it lists more or less."""
-    names, count = list(given or default), len(default)
-    require(len(names) == count, f"{flag} lists {len(names)}, expected {count}")
-    return names
+def setup(args: Any, task: "Task | None") -> "Task":
+    """Check the flags, join the ranks, load the task: the given one, or that of the flags."""
+    check_args(args)
+    pick_device(args, 0)  # where that fails, it should do so before a task is loaded
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    seeded(args, "task")  # items drawn at random are the same again, and on every rank
+    return load_task(args, task)
 
 
-def model_names(args: Any) -> list[str]:
-    """One model name per agent; InputError if `agents` has more or less."""
-    return one_each("agents", args.agents, [args.agent_model] * args.num_agents)
+def seeded(args: Any, *place: str | int) -> torch.Generator:
+    """The run's own generator for what happens at `place`, such as ("update", 7, rank()): on
+    the CPU, so that every device draws the same. Python, numpy and torch are seeded as well,
+    for users' functions, which cannot touch the run's own."""
+    number = random.Random(f"{args.seed} {place}").getrandbits(32)
+    transformers.set_seed(number)
+    return torch.Generator().manual_seed(number + 1)
 
 
-def critic_names(args: Any, agents: list[str]) -> list[str]:
-    """One critic name for each of `agents`; InputError if `critics` has more or less."""
-    return one_each("critics", args.critics, [args.critic_model or x for x in agents])
-
-
-def refuse_critics(args: Any) -> None:
-    """Raise InputError where a critic model, or its device, is given to shared actors."""
-    given = args.critic_model is not None or args.critics or args.critic_devices
-    takes = "iac_shared.py takes no critic_model, critics or critic_devices"
-    require(not given, f"{takes}: its critics are value heads on the actors themselves")
-
-
-# ----------------------------------------------------------- learners and samples
-
-
-@dataclass
-class Learner:
-    """An actor or a critic, and the tokenizer it reads with."""
-
-    name: str
-    source: str  # what it was loaded from
-    model: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer | None = None
-    value_head: torch.nn.Module | None = None
-    seconds: Counter[str] = field(default_factory=Counter)  # by phase, see timed
-
-    def parts(self) -> dict[str, Any]:
-        """What has a state: the model, its value head, their optimizer."""
-        kinds = ("model", "value_head", "optimizer")
-        parts = {f"{self.name}/{kind}": getattr(self, kind) for kind in kinds}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What its optimizer steps."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    @property
-    def end_ids(self) -> list[int]:
-        """The tokens that end an actor's completion."""
-        return self.model.generation_config.eos_token_id
-
-
-def timed(phase: str) -> Callable[[Callable], Callable]:
-    """Decorator: adds a call's time to `seconds[phase]` of the learner it is given first."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def timed_function(learner: Learner, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(learner, *args, **kwargs)
-            learner.seconds[phase] += time.perf_counter() - start
-            return result
-
-        return timed_function
-
-    return decorate
-
-
-def check_finite(
-    learner: Learner, what: str, values: Tensor, texts: Sequence[list[int]]
-) -> None:
-    """Raise InputError for a value (B,) that is not finite, naming the text (B token lists)."""
-    for place in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
-        text = learner.tokenizer.decode(texts[place])
-        given = f"{learner.name}: {what} {values[place].item()} for {text!r:.200}"
-        raise InputError(f"{given}; no weight has it yet, try a smaller learning rate")
+# ------------------------------------------------------------------------ tasks
 
 
 @dataclass
@@ -326,211 +234,84 @@ class Sample:
     history: "list[Sample]" = field(default_factory=list)  # the episode's turns before
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)  # with the end token
-    completions: list[str] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)  # without special tokens
     ended: list[bool] = field(default_factory=list)  # by an end-of-sequence token
+    critic_ids: list[list[int]] = field(default_factory=list)  # what each critic reads
     reward: float = math.nan
     done: bool = False  # the episode's last turn
-
-    def add(self, actor: Learner, prompt: list[int], completion: list[int]) -> None:
-        """Take what the next agent read and wrote; where that is nothing, it has ended."""
-        ended = all(token in actor.end_ids for token in completion[-1:])
-        ids = completion[:-1] if ended else completion
-        self.prompt_ids.append(prompt)
-        self.completion_ids.append(completion)
-        self.completions.append(actor.tokenizer.decode(ids, skip_special_tokens=True))
-        self.ended.append(ended)
-
-    def actions(self, critic: Learner) -> list[str]:
-        """The completions as a critic reads them, their ends marked."""
-        end = critic.tokenizer.eos_token or ""
-        pairs = zip(self.completions, self.ended, strict=True)
-        return [text + (end if ended else "") for text, ended in pairs]
-
-
-# ------------------------------------------------------------------------ tasks
+    cut: str = ""  # why there is no turn after it, where that could not be read
 
 
 @dataclass
 class Task:
-    """A cooperative problem: the whole interface between a user and the algorithms."""
+    """A cooperative problem: the whole interface between a user and the algorithms. Its
+    functions are given copies, so they cannot change what agents and critics read."""
 
-    train_dataset: Sequence[dict]
-    """Items; an item's `prompt` is what an agent without a formatter is shown."""
+    train_dataset: Sequence[dict]  # `prompt` is shown where there is no formatter
+    # One list of texts per agent, the joint samples of ONE item -> one float per joint sample;
+    # also given batch_items=[item], prompts, completion_ids (lists per agent), if it takes them
     reward_func: Callable[..., list[float]]
-    """One list of texts per agent (the joint samples of ONE item) -> one float per joint
-    sample. Given the keywords batch_items=[item] and prompts=[one list per agent], if taken."""
-    eval_dataset: Sequence[dict] | None = None
-    """Items of the evaluation; None = no evaluation."""
-    reward_processor: Callable[[float], float] | None = None
-    """Applied to every reward."""
+    eval_dataset: Sequence[dict] | None = None  # None or empty: no evaluation
+    reward_processor: Callable[[float], float] | None = None  # applied to every reward
+    # item -> prompt, one function for all agents or one each
     formatters: Callable[[dict], Prompt] | Sequence[Callable] | None = None
-    """item -> prompt: one for all agents, or one for each."""
+    # The next turn's prompts, one per agent, from the keywords prompt, agent_completions,
+    # num_agents, prompt_history_per_agent, response_history_per_agent
     external_transition: Callable[..., Sequence[Prompt]] | None = None
-    """Next prompts, one per agent, from the keywords prompt, agent_completions, num_agents,
-    prompt_history_per_agent, response_history_per_agent; num_turns > 1 needs it."""
+    # Samples of an update or of an evaluation, of all ranks -> metrics of your own
     metrics_callback: Callable[[list[Sample]], dict[str, float]] | None = None
-    """Samples of an update or of an evaluation, of all ranks -> metrics of your own."""
-    name: str = "task"
-    """What messages and the run folder call it; --task sets it."""
-    file_hash: str | None = None  # of the task file that it was loaded from
+    name: str = "task"  # in messages and the run folder's name; --task sets it
 
+    def format(self, item: dict, agent: int) -> Prompt:
+        """An agent's prompt for an item: the item's own, or its formatter's."""
+        formatter = self.formatters
+        if isinstance(formatter, Sequence):
+            formatter = formatter[agent]
+        who = f"formatter of agent {agent}" if formatter else "without a formatter"
+        with attempting(f"task {self.name!r}, item {item!r:.200}: {who}"):
+            require(isinstance(item, dict), "an item must be a dict")
+            item = copy.deepcopy(item)
+            return checked_prompt(formatter(item) if formatter else item.get("prompt"))
 
-def sum_to_target(args: Any) -> Task:
-    """Each agent writes a number, unseen by the others; together they should add up.
+    def pay(self, samples: list[Sample]) -> list[float]:
+        """The rewards of the joint samples of one item, a finite number each."""
+        item = samples[0].item
+        options = {"batch_items": [item]}
+        for name in ("completions", "prompts", "completion_ids"):
+            rows = [getattr(sample, name) for sample in samples]
+            options[name] = [list(column) for column in zip(*rows, strict=True)]
+        texts = options.pop("completions")
+        with attempting(f"task {self.name!r}, item {item!r:.200}: reward_func"):
+            parameters = inspect.signature(self.reward_func).parameters.values()
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+                options = {key: options[key] for key in taken & set(options)}
+            rewards = self.reward_func(*texts, **copy.deepcopy(options))
+            rewards = checked_numbers(rewards, len(samples))
+        if self.reward_processor is None:
+            return rewards
+        with attempting(f"task {self.name!r}, item {item!r:.200}: reward_processor"):
+            rewards = [self.reward_processor(reward) for reward in rewards]
+            return checked_numbers(rewards, len(samples))
 
-    A turn is paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at
-    best, 0.37 for a team that does not read the target. Of several turns each costs 1, so that
-    being right at once, which may end the episode, is never worse.
-    """
-    cost = 0.0 if args.num_turns == 1 else 1.0
-
-    def numbers(texts: Sequence[str]) -> list[int | None]:
-        found = [re.fullmatch(r"\s*[0-9]{1,9}\s*", text) for text in texts]
-        return [int(match[0]) if match else None for match in found]
-
-    def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
-        rewards = []
-        for written in map(numbers, zip(*completions, strict=True)):
-            error = abs(sum(n or 0 for n in written) - batch_items[0]["target"])
-            readable = sum(n is not None for n in written) / len(written)
-            rewards.append(readable / (1 + error) - cost)
-        return rewards
-
-    def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:
-        written = numbers(agent_completions)
-        total = sum(n or 0 for n in written)
-        return [f"{prompt}yours {n}, sum {total}\n" for n in written]
-
-    items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
-    return Task(items * 100, reward, items * 10, external_transition=correct)
-
-
-def run_task_file(args: Any) -> Task:
-    """The task that the file named by args.task defines; InputError if there is none."""
-    folder = Path(__file__).parent / "tests" / "tasks"
-    named = Path(args.task).suffix != ".py"
-    path = folder / f"{args.task}.py" if named else Path(args.task)
-    known = ", ".join(["sum_to_target", *sorted(p.stem for p in folder.glob("*.py"))])
-    require(path.is_file(), f"no task {args.task!r}: give {known}, or a .py file")
-    with attempting(f"task file {str(path)!r}", of_user=True):
-        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        file_hash = digest(path)
-        spec.loader.exec_module(module)
-        make = getattr(module, "make_task", None)
-        task = make(args) if make else getattr(module, "task", None)
-    wanted = "must define `task` (a common.Task) or `make_task(args)` that returns one"
-    got = f"task file {str(path)!r} {wanted}, got {type(task).__name__}"
-    require(isinstance(task, Task), got)
-    task.file_hash = file_hash
-    return task
-
-
-def load_task(args: Any, task: Task | None) -> Task:
-    """The given task, or the one that args.task names, with the items of args.train_file.
-    Raises InputError if there is none, or if it does not fit num_agents and num_turns."""
-    if task is None:
-        with fresh_randomness(args.seed):  # items drawn at random are the same again
-            built_in = args.task == "sum_to_target"
-            task = sum_to_target(args) if built_in else run_task_file(args)
-        task.name = Path(args.task).stem
-    if args.train_file is not None:
-        source = f"train_file {args.train_file!r}"
-        with attempting(f"{source} cannot be read"):
-            lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
-        items = []
-        for number, line in enumerate(lines, start=1):
-            with attempting(f"{source}, line {number}, is no JSON"):
-                items += [json.loads(line)] if line.strip() else []
-        texts = [x.get("prompt") if isinstance(x, dict) else None for x in items]
-        good = len(items) > 1 and all(isinstance(t, str) and t.strip() for t in texts)
-        wanted = "expected 2 items or more, each with a text as its prompt"
-        require(good, f"{source}: {wanted}")
-        kept = len(items) - math.ceil(len(items) / 10)
-        task.train_dataset, task.eval_dataset = items[:kept], items[kept:]
-    name, agents, turns = f"task {task.name!r}", args.num_agents, args.num_turns
-    require(callable(task.reward_func), f"{name} has no callable reward_func")
-    datasets = {"train_dataset": task.train_dataset, "eval_dataset": task.eval_dataset}
-    if task.eval_dataset is None and not args.eval_only:
-        del datasets["eval_dataset"]
-    for key, dataset in datasets.items():
-        good = hasattr(dataset, "__len__") and len(dataset) > 0
-        wanted = "must be a list, or a dataset with a length, of one item or more"
-        require(good, f"{name}: {key} {wanted}, got {dataset!r:.100}")
-    if isinstance(task.formatters, Sequence):
-        count = len(task.formatters)
-        require(count == agents, f"{name}: formatters lists {count}, expected {agents}")
-    ready = turns == 1 or task.external_transition is not None
-    require(ready, f"{name} has no external_transition, which num_turns {turns} needs")
-    return task
-
-
-# ---------------------------------------------------- calls of a user's functions
-
-
-def calling(task: Task, item: Any, function: str) -> AbstractContextManager:
-    """Around a call of a task's function, and the checks of what it returned."""
-    who = f"task {task.name!r}, item {item!r:.200}: {function}"
-    return attempting(who, of_user=True)
-
-
-def check_prompt(prompt: Any) -> Prompt:
-    """The prompt; InputError unless it is text or a list of chat messages."""
-    good = isinstance(prompt, str)
-    if isinstance(prompt, list) and prompt:
-        keys = {"role", "content"}
-        good = all(isinstance(m, dict) and keys <= set(m) for m in prompt)
-    require(good, f"expected a prompt, text or chat messages, got {prompt!r:.100}")
-    return prompt
-
-
-def check_numbers(values: Any, count: int) -> list[float]:
-    """The values as floats; InputError unless they are a list of `count` finite numbers."""
-    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-    good = isinstance(rows, list | tuple) and len(rows) == count
-    types = int | float | np.number
-    good = good and all(isinstance(v, types) and math.isfinite(v) for v in rows)
-    require(good, f"expected a list of {count} finite numbers, got {values!r:.100}")
-    return [float(value) for value in rows]
-
-
-def format_prompt(task: Task, item: dict, agent: int) -> Prompt:
-    """An agent's prompt for an item: the item's own, or its formatter's."""
-    formatter = task.formatters
-    if isinstance(formatter, Sequence):
-        formatter = formatter[agent]
-    own = formatter is None
-    name = "without a formatter" if own else f"formatter of agent {agent}"
-    with calling(task, item, name):
-        require(isinstance(item, dict), "an item must be a dict")
-        return check_prompt(item.get("prompt") if own else formatter(item))
-
-
-def first_turn(task: Task, items: list, args: Any) -> list[Sample]:
-    """The samples that open num_generations episodes of each item, without completions yet."""
-    samples: list[Sample] = []
-    for item in [item for item in items for _ in range(args.num_generations)]:
-        prompts = [format_prompt(task, item, k) for k in range(args.num_agents)]
-        samples.append(Sample(item, len(samples), 0, prompts))
-    return samples
-
-
-def first_samples(task: Task, actors: list[Learner], args: Any) -> Iterator[list]:
-    """The first turns of all items, a thousand at a time, without completions, to see before a
-    run that every prompt can be read. Raises InputError for one that cannot."""
-    for dataset in (task.train_dataset, task.eval_dataset or []):
-        for part in slices(len(dataset), 1000):
-            with attempting(f"task {task.name!r}: a dataset", of_user=True):
-                items = [dataset[k] for k in range(len(dataset))[part]]
-            with fresh_randomness(args.seed):
-                samples = first_turn(task, items, replace(args, num_generations=1))
-            for agent, actor in enumerate(actors):
-                prompts = [sample.prompts[agent] for sample in samples]
-                ids = encode(actor, prompts, room=args.max_new_tokens)
-                for sample, prompt_ids in zip(samples, ids, strict=True):
-                    sample.add(actor, prompt_ids, [])
-            yield samples
+    def transition(self, sample: Sample, passthrough: bool) -> list[Prompt]:
+        """What the agents are prompted with at the turn after `sample`."""
+        item, count, turns = sample.item, len(sample.prompts), [*sample.history, sample]
+        keywords = {
+            "prompt": item.get("prompt"),
+            "agent_completions": sample.completions,
+            "num_agents": count,
+            "prompt_history_per_agent": per_agent(s.prompts for s in turns),
+            "response_history_per_agent": per_agent(s.completions for s in turns),
+        }
+        with attempting(f"task {self.name!r}, item {item!r:.200}: external_transition"):
+            prompts = self.external_transition(**copy.deepcopy(keywords))
+            fits = isinstance(prompts, list | tuple) and len(prompts) == count
+            require(fits, f"expected {count} prompts, got {prompts!r:.100}")
+            prompts = [checked_prompt(prompt) for prompt in prompts]
+        if passthrough:
+            return prompts
+        return [self.format({**item, "prompt": p}, k) for k, p in enumerate(prompts)]
 
 
 def per_agent(rows: Iterable[list]) -> list[list]:
@@ -538,109 +319,141 @@ def per_agent(rows: Iterable[list]) -> list[list]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def pay(task: Task, samples: list[Sample]) -> None:
-    """Set the rewards of the joint samples of one item, which the task must pay a number each."""
-    item, count = samples[0].item, len(samples)
-    with calling(task, item, "reward_func"):
-        prompts = per_agent(sample.prompts for sample in samples)
-        options = {"batch_items": [item], "prompts": prompts}
-        parameters = inspect.signature(task.reward_func).parameters.values()
-        taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            options = {key: options[key] for key in taken & set(options)}
-        given = task.reward_func(*per_agent(s.completions for s in samples), **options)
-        rewards = check_numbers(given, count)
-    if task.reward_processor is not None:
-        with calling(task, item, "reward_processor"):
-            given = [task.reward_processor(reward) for reward in rewards]
-            rewards = check_numbers(given, count)
-    for sample, reward in zip(samples, rewards, strict=True):
-        sample.reward = reward
+def checked_prompt(prompt: Any) -> Prompt:
+    """A copy of the prompt; InputError unless it is text or a list of chat messages."""
+    messages = prompt if isinstance(prompt, list) else []
+    chat = [isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages]
+    good = isinstance(prompt, str) or (chat and all(chat))
+    require(good, f"expected a prompt, text or chat messages, got {prompt!r:.100}")
+    return copy.deepcopy(prompt)
 
 
-def end_turn(task: Task, samples: list[Sample], args: Any) -> None:
-    """Pay a turn; an episode ends at the turn limit, or with a reward over the threshold."""
-    for _, joint in groupby(samples, lambda s: s.episode // args.num_generations):
-        pay(task, list(joint))
-    threshold = args.early_termination_threshold
-    for sample in samples:
-        early = threshold is not None and sample.reward > threshold
-        sample.done = early or sample.turn + 1 == args.num_turns
+def checked_numbers(values: Any, count: int) -> list[float]:
+    """The values as floats; InputError unless they are a list of `count` finite numbers."""
+    numbers = np.asarray(values)
+    good = numbers.shape == (count,) and numbers.dtype.kind in "biuf"
+    good = good and bool(np.isfinite(numbers).all())
+    require(good, f"expected a list of {count} finite numbers, got {values!r:.100}")
+    return numbers.astype(float).tolist()
 
 
-def next_turn(task: Task, samples: list[Sample], args: Any) -> list[Sample]:
-    """The next samples of the episodes that go on, prompted by the task's transition."""
-    following, count = [], args.num_agents
-    for sample in (sample for sample in samples if not sample.done):
-        item, history = sample.item, [*sample.history, sample]
-        with calling(task, item, "external_transition"):
-            prompts = task.external_transition(
-                prompt=item.get("prompt"),
-                agent_completions=list(sample.completions),
-                num_agents=count,
-                prompt_history_per_agent=per_agent(s.prompts for s in history),
-                response_history_per_agent=per_agent(s.completions for s in history),
-            )
-            fits = isinstance(prompts, list | tuple) and len(prompts) == count
-            require(fits, f"expected {count} prompts, got {prompts!r:.100}")
-            prompts = [check_prompt(prompt) for prompt in prompts]
-        if not args.external_prompt_passthrough:
-            items = [{**item, "prompt": prompt} for prompt in prompts]
-            prompts = [format_prompt(task, items[k], k) for k in range(count)]
-        turn = sample.turn + 1
-        following.append(Sample(item, sample.episode, turn, prompts, history))
-    return following
+def sum_to_target(args: Any) -> Task:
+    """Each agent writes a number, unseen by the others; together they should add up. A turn is
+    paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at best, 0.37
+    for a team that does not read the target. Of several turns each costs 1, so that being right
+    at once, which may end the episode, is never worse."""
+    cost = 0.0 if args.num_turns == 1 else 1.0
+
+    def number(text: str) -> int | None:
+        return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
+
+    def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
+        rewards = []
+        for texts in zip(*completions, strict=True):
+            written = [number(text) for text in texts if number(text) is not None]
+            error = abs(sum(written) - batch_items[0]["target"])
+            rewards.append(len(written) / len(texts) / (1 + error) - cost)
+        return rewards
+
+    def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:
+        written = [number(text) for text in agent_completions]
+        total = sum(n or 0 for n in written)
+        return [f"{prompt}yours {n}, sum {total}\n" for n in written]
+
+    items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
+    task = Task(items * 100, reward, items * 10, external_transition=correct)
+    return replace(task, name="sum_to_target")
 
 
-# ----------------------------------------------------------- models and tokenizers
+def run_task_file(args: Any) -> Task:
+    """The task that the file named by args.task defines; InputError if there is none."""
+    path = Path(args.task)
+    found = path.suffix == ".py" and path.is_file()
+    require(found, f"no task {args.task!r}: give sum_to_target, or a .py file")
+    with attempting(f"task file {args.task!r}"):
+        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        sys.path.append(str(path.resolve().parent))  # it may import what is beside it
+        spec.loader.exec_module(module)
+        make = getattr(module, "make_task", None)
+        task = make(args) if make else getattr(module, "task", None)
+        kinds = "it must define `task`, a common.Task, or `make_task(args)` that returns one"
+        require(isinstance(task, Task), f"{kinds}, got {type(task).__name__}")
+    return replace(task, name=path.stem)
 
 
-@contextmanager
-def fresh_randomness(seed: int) -> Iterator[None]:
-    """Seed everything inside, and put every random state back afterwards."""
-    states = random_states()
-    transformers.set_seed(seed)
-    try:
-        yield
-    finally:
-        set_random_states(states)
+def load_task(args: Any, task: Task | None) -> Task:
+    """The given task, or the one that args.task names, with the items of args.train_file.
+    Raises InputError if there is none, or if it does not fit num_agents and num_turns."""
+    if task is None:
+        built_in = args.task == "sum_to_target"
+        task = sum_to_target(args) if built_in else run_task_file(args)
+    if args.train_file is not None:
+        with attempting(f"train_file {args.train_file!r}"):
+            lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
+        items = []
+        for number, line in enumerate(lines, start=1):
+            with attempting(f"train_file {args.train_file!r}, line {number}"):
+                items += [json.loads(line)] if line.strip() else []
+        kept = len(items) - math.ceil(len(items) / 10)
+        task = replace(task, train_dataset=items[:kept], eval_dataset=items[kept:])
+    many, turns = isinstance(task.formatters, Sequence), args.num_turns
+    with attempting(f"task {task.name!r} cannot be used"):
+        require(len(task.train_dataset) > 0, "its train_dataset is empty")
+        evaluates = task.eval_dataset is not None and len(task.eval_dataset) > 0
+        require(evaluates or not args.eval_only, "it has no eval_dataset")
+        fits = not many or len(task.formatters) == args.num_agents
+        require(fits, f"it needs one formatter for all, or {args.num_agents}")
+        ready = turns == 1 or task.external_transition is not None
+        require(ready, f"it has no external_transition, which num_turns {turns} needs")
+    return task
 
 
-def random_states() -> dict[str, Any]:
-    """Every random state of this process, in types that load without running code."""
-    name, keys, *rest = np.random.get_state()
-    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    states |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    return states
+def pick_items(dataset: Sequence[dict], places: Sequence[int]) -> list[dict]:
+    """This rank's share of the items at these places."""
+    with attempting("a dataset's item cannot be read"):
+        return [dataset[k] for k in places[rank() :: ranks()]]
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what random_states gave."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+# -------------------------------------------------------- models and tokenizers
 
 
-def pick_device(device: str) -> torch.device:
-    """The torch device of that name; `auto` is a GPU, this process's own, where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with attempting(f"device {device!r} cannot be used"):
-        found = torch.zeros(0, device=device).device
-    require(found.type in ("cpu", "cuda"), f"device {device!r} is no cpu and no cuda")
+class Learner(nn.Module):
+    """An actor or a critic: a model and its value head (its state), its tokenizer, optimizer."""
+
+    def __init__(self, name: str, source: str, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.name, self.source, self.tokenizer = name, source, tokenizer
+        self.model, self.value_head, self.optimizer = model, None, None
+        self.opening: list[int] = []  # the special tokens that begin a text
+        self.end_ids: list[int] = []  # the tokens that end a completion
+        self.unknown_ids = torch.zeros(0, dtype=torch.long)  # embedded, but no tokens
+        self.told = False  # of the first turn that it could not read
+
+
+def pick_device(args: Any, place: int) -> torch.device:
+    """The torch device of the learner at `place`. Raises InputError if it cannot be used."""
+    names = [args.device] if isinstance(args.device, str) else args.device
+    require(names, "device must name one device or more")
+    name = names[place % len(names)]
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU per process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    with attempting(f"device {name!r} cannot be used"):
+        found = torch.zeros(0, device=name).device
+        require(found.type in ("cpu", "cuda"), "it is no cpu and no cuda")
     return found
 
 
 def autocast(learner: Learner, args: Any) -> torch.autocast:
     """The context in which a learner's model computes in args.dtype."""
-    device, on = learner.model.device.type, args.dtype == "bfloat16"
-    return torch.autocast(device, torch.bfloat16, enabled=on)
+    half = args.dtype == "bfloat16"
+    return torch.autocast(learner.model.device.type, torch.bfloat16, enabled=half)
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A character-level tokenizer over printable ASCII and the newline."""
     characters = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
     vocabulary = {character: k for k, character in enumerate(characters)}
@@ -648,7 +461,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 TINY = {  # the built-in model: a Llama of 0.1 million parameters over those characters
@@ -658,120 +471,164 @@ TINY = {  # the built-in model: a Llama of 0.1 million parameters over those cha
 }  # fmt: skip
 
 
-def load_model(
-    auto_class: Any, name: str, index: int, device: torch.device, args: Any
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """A model in float32 without dropout, and its tokenizer. Each index gives a tiny model its
-    own weights. Of a checkpoint's generation config only the end-of-sequence ids count."""
-    options = json_object(args.model_config, "model_config")
-    reader = args.tokenizer or name
-    hub = {"trust_remote_code": False}  # not None, which would ask on the terminal
-    shared = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
-    hub |= {key: options[key] for key in shared if key in options}
-    with attempting(f"tokenizer {reader!r} cannot be loaded"):
-        if reader == "tiny":
-            tokenizer = tiny_tokenizer()
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(reader, **hub)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lacks = "has neither a pad nor an end-of-sequence token: give it one"
-    require(tokenizer.pad_token is not None, f"tokenizer {reader!r} {lacks}")
-    failure = f"model {name!r} cannot be loaded"
-    with attempting(failure), fresh_randomness(args.seed + 1000 * index):
-        if name == "tiny":
-            config = LlamaConfig(**{**TINY, **options})
-        else:
-            options = {**options, **hub, "return_unused_kwargs": True}
-            config, options = AutoConfig.from_pretrained(name, **options)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-        if name == "tiny":
-            model, missing = auto_class.from_config(config), []
-        else:
-            options |= {"config": config, **hub, "dtype": torch.float32}
-            options["output_loading_info"] = True
-            model, loaded = auto_class.from_pretrained(name, **options)
-            missing = sorted(loaded["missing_keys"])
-    lacks = f"is no {auto_class.__name__}: its weights lack {', '.join(missing)[:100]}"
-    require(not missing, f"model {name!r} {lacks}")
-    needed = ["position_ids"] + ["cache"] * model.can_generate()
-    takes = inspect.signature(model.forward).parameters
-    lacks = f"takes no {' or no '.join(needed)}, which left-padded batches need"
-    require(all(x in takes for x in needed), f"model {name!r} {lacks}")
-    fits = len(tokenizer) <= model.get_input_embeddings().num_embeddings
-    require(fits, f"tokenizer {reader!r} has more tokens than model {name!r} embeds")
-    if model.can_generate():
-        end, pad = model.generation_config.eos_token_id, tokenizer.pad_token_id
-        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-        ends = sorted(ends - {None})
-        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    return model.to(device), tokenizer
+def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
+    """A model in float32 without dropout. Raises InputError where weights are missing."""
+    if source == "tiny":
+        model = auto_class.from_config(LlamaConfig(**{**TINY, **options}))
+    else:
+        options = {"dtype": torch.float32, "output_loading_info": True, **options}
+        model, loaded = auto_class.from_pretrained(source, **options)
+        missing = ", ".join(sorted(loaded["missing_keys"]))[:100]
+        require(not missing, f"as {auto_class.__name__} it lacks the weights {missing}")
+    require(model.dtype == torch.float32, "its weights must be float32: see --dtype")
+    for part in (model.config, model.config.get_text_config(), *model.modules()):
+        for key, value in list(vars(part).items()):
+            rate = "drop" in key or (key == "p" and isinstance(part, nn.Dropout))
+            if rate and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return model
 
 
-def load_learners(role: str, auto_class: Any, names: list, args: Any) -> list[Learner]:
-    """The actors or the critics, without optimizers or value heads yet."""
-    flag, first = f"{role}_devices", 0 if role == "agent" else args.num_agents
-    given = getattr(args, flag) or args.agent_devices[: len(names)] or [args.device]
-    devices = list(given) * (len(names) if len(given) == 1 else 1)
-    learners = []
-    for k, device in enumerate(map(pick_device, one_each(flag, devices, names))):
-        loaded = load_model(auto_class, names[k], first + k, device, args)
-        learners.append(Learner(f"{role}_{k}", names[k], *loaded))
+def read_vocabulary(learner: Learner) -> None:
+    """Set which tokens begin a text, end a completion, or are none. Of a generation config only
+    the end-of-sequence ids count."""
+    model, tokenizer = learner.model, learner.tokenizer
+    inner = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids  # what begins a text, a, maybe what would close it
+    starts = [k for k in range(len(whole)) if whole[k : k + len(inner)] == inner]
+    learner.opening = whole[: starts[0]] if starts else []
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+    learner.end_ids = sorted(ends - {None})
+    rows = model.get_input_embeddings().num_embeddings
+    ids = set(tokenizer.get_vocab().values())
+    require(max(ids) < rows, f"it does not embed the tokenizer's id {max(ids)}")
+    unknown = sorted(set(range(rows)) - ids)
+    learner.unknown_ids = torch.tensor(unknown, dtype=torch.long, device=model.device)
+
+
+@torch.no_grad()
+def probe(learner: Learner, writes: bool) -> None:
+    """Raise InputError for a model that does not read a text in a left-padded batch as it reads
+    it alone; for one that writes, also with a cache."""
+    model, known = learner.model, sorted(learner.tokenizer.get_vocab().values())
+    long, short = known[-6:], known[-3:]
+    ids = torch.tensor([long, short + short], device=model.device)
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = model(input_ids=ids[1:, 3:])[0][0, -1]
+    output = model(**inputs, use_cache=False, output_hidden_states=True)
+    found = [output[0][1, -1]]
+    if writes:  # all but the last token, and then that one
+        first = model(**{k: x[:, :5] for k, x in inputs.items()}, use_cache=True)
+        inputs |= {k: inputs[k][:, 5:] for k in ("input_ids", "position_ids")}
+        found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
+    off = max((x - alone).norm() / alone.norm() for x in found)
+    require(off < 1e-3, "it reads a text in a left-padded batch otherwise than alone")
+    width = (output.hidden_states[-1] if writes else output[0]).shape[-1]
+    size = model.config.get_text_config().hidden_size
+    require(
+        width == size, f"its last hidden state is {width} wide, not hidden_size {size}"
+    )
+
+
+def load_learners(
+    role: str, auto_class: Any, names: Sequence[str], count: int, args: Any
+) -> list[Learner]:
+    """The actors (role "agent") or the critics ("critic"), without optimizers or value heads
+    yet. Each tiny model has weights of its own. Raises InputError for what cannot be used."""
+    require(len(names) == count, f"{role}s lists {len(names)}, expected {count}")
+    options, learners = json_object(args.model_config, "model_config"), []
+    hub = {key: options[key] for key in {"revision", "token"} & set(options)}
+    hub["trust_remote_code"] = options.pop("trust_remote_code", False)  # None would ask
+    for k, source in enumerate(names):
+        reader = args.tokenizer or source
+        with attempting(f"tokenizer {reader!r} cannot be used"):
+            if reader == "tiny":
+                tokenizer = tiny_tokenizer()
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(reader, **hub)
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            require(tokenizer.pad_token, "it has neither a pad nor an end token")
+        place = k if role == "agent" else args.num_agents + k
+        seeded(args, "weights", place)
+        with attempting(f"model {source!r} cannot be used"):
+            loads = options if source == "tiny" else options | hub
+            model = load_model(source, auto_class, loads).to(pick_device(args, place))
+            learners.append(Learner(f"{role}_{k}", source, model, tokenizer))
+            read_vocabulary(learners[-1])
+            probe(learners[-1], writes=role == "agent")
     return learners
 
 
-def restore_heads(critics: list[Learner], args: Any) -> None:
-    """Load the value heads that a run saved in the folders that were given."""
-    given = args.critics or args.critic_model or critics[0].name == "agent_0"
-    for critic in critics if given and not args.eval_only else ():
-        path = Path(critic.source) / "value_head.pt"
-        if path.is_file():
-            with attempting(f"value head {str(path)!r} cannot be loaded"):
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-                critic.value_head.load_state_dict(weights)
-
-
 def encode(
-    learner: Learner, prompts: list[Prompt], actions: list | None = None, room: int = 0
-) -> list[list[int]]:
-    """Token ids of each prompt, and of its action behind it. Text is taken to the letter;
-    messages go through the chat template, where there is one. Raises InputError for an empty
-    prompt, and where the model's positions leave no `room` for as many new tokens."""
-    tokenizer, ids = learner.tokenizer, []
-    template = tokenizer.chat_template is not None
-    options = {"tokenize": False, "add_generation_prompt": True}
-    for chat, some in groupby(prompts, lambda p: template and not isinstance(p, str)):
-        some = list(some)
-        with attempting(f"{learner.name}'s tokenizer cannot read {some[0]!r:.200}"):
-            if chat:
-                texts = tokenizer.apply_chat_template(some, **options)
-            else:
-                texts = list(map(render, some))
-            ids += tokenizer(texts, add_special_tokens=not chat).input_ids
-    require(all(ids), f"{learner.name} was given an empty prompt")
-    if actions:
-        encoded = tokenizer(actions, add_special_tokens=False).input_ids
-        ids = [prompt + action for prompt, action in zip(ids, encoded, strict=True)]
+    learner: Learner, samples: list[Sample], prompts: list[Prompt],
+    actions: list[str] | None = None, room: int = 0,
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of each sample's prompt, and of its action behind it. Text is taken to the
+    letter, with the special tokens that begin one, once; messages go through the chat template.
+    What is empty, or leaves no `room` for new tokens, gives no ids; InputError at a first turn."""
+    tokenizer, texts, openings = learner.tokenizer, [], []
+    for prompt in prompts:
+        chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
+        with attempting(f"{learner.name}'s chat template cannot read {prompt!r:.200}"):
+            options = {"tokenize": False, "add_generation_prompt": True}
+            template = tokenizer.apply_chat_template
+            texts.append(template(prompt, **options) if chat else render(prompt))
+        openings.append([] if chat else learner.opening)
+    rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    more = actions and tokenizer(actions, add_special_tokens=False).input_ids
     config = learner.model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf
-    longest = max(map(len, ids), default=0)
-    reads = f"{learner.name} is to read {longest} tokens and to write {room}"
-    require(longest + room <= limit, f"{reads}: its model takes {limit} in all")
-    return ids
+    for k, sample in enumerate(samples):
+        begun = rows[k][: len(openings[k])] == openings[k]
+        rows[k] = ([] if begun else openings[k]) + rows[k] + (more[k] if more else [])
+        if not texts[k] or len(rows[k]) + room > limit:
+            why = f"{learner.name} is to read {len(rows[k])} tokens and to write {room}"
+            why += f": its model takes {limit}" if texts[k] else ": its prompt is empty"
+            require(sample.turn > 0, f"item {sample.item!r:.200}: {why}")
+            if not learner.told:  # only of the first
+                place = f"before turn {sample.turn} of item {sample.item!r:.200}"
+                print(f"\nan episode ends {place}: {why}", file=sys.stderr)
+            rows[k], sample.history[-1].cut, learner.told = [], why, True
+    return rows
 
 
 def render(prompt: Prompt) -> str:
     """A prompt as text; of messages, the contents."""
-    is_text = isinstance(prompt, str)
-    return prompt if is_text else "\n".join(message["content"] for message in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message["content"] or "" for message in prompt]
+    for k, content in enumerate(contents):
+        if isinstance(content, list):  # of parts: {"type": "text", "text": "Hi"}
+            contents[k] = "".join(part.get("text", "") for part in content)
+    return "\n".join(map(str, contents))
 
 
-# ------------------------------------------------------- the processes of torchrun
+def restore_value_head(learner: Learner) -> None:
+    """Load the value head that a run saved in the folder that a learner is from, if any."""
+    path = Path(learner.source) / "value_head.pt"
+    if learner.value_head is not None and path.is_file():
+        with attempting(f"{str(path)!r} is of another value_head_hidden_dim"):
+            weights = torch.load(path, "cpu", weights_only=True)
+            learner.value_head.load_state_dict(weights)
+
+
+def save_learner(learner: Learner, folder: Path) -> None:
+    """Write a learner as a folder that from_pretrained takes, and its value head."""
+    with attempting(f"{str(folder)!r} cannot be written"):
+        learner.model.save_pretrained(folder)
+        learner.tokenizer.save_pretrained(folder)
+        if learner.value_head is not None:
+            torch.save(learner.value_head.state_dict(), folder / "value_head.pt")
+
+
+# ------------------------------------------------------------------------ ranks
 
 
 def ranks() -> int:
-    """How many processes train together."""
+    """How many processes train together, started by torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -780,30 +637,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def join_ranks() -> bool:
-    """Join the processes that torchrun started, if it did; whether it was done here."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    joins = several and not dist.is_initialized()
-    if joins:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with attempting("the processes of torchrun cannot be joined"):
-            dist.init_process_group(backend)
-    return joins
-
-
-def with_others(collective: Callable, *args: Any) -> Any:
-    """What a collective returns. It runs in a thread, so that a signal reaches this one while
-    it waits for other ranks. Raises InputError where one of them has stopped."""
-    failure = f"rank {rank()} is without the others, one of which says why"
-    with attempting(failure), ThreadPoolExecutor(1) as pool:
-        return pool.submit(collective, *args).result()
-
-
 def gather(mine: Any) -> list[Any]:
     """What every rank gives, in the order of the ranks."""
     everyone = [mine] * ranks()
     if ranks() > 1:
-        with_others(dist.all_gather_object, everyone, mine)
+        with attempting(f"rank {rank()} is without the others, one of which says why"):
+            dist.all_gather_object(everyone, mine)
     return everyone
 
 
@@ -812,82 +651,16 @@ def total(*numbers: float) -> list[float]:
     return [sum(column) for column in zip(*gather(numbers), strict=True)]
 
 
-def optimizer_step(
-    learner: Learner, sums: dict[str, float], texts: list, args: Any
-) -> dict[str, float]:
-    """Sum the gradients and these numbers over the ranks, clip, and step. Returns the sums and
-    the gradient's norm before clipping; InputError where that, from `texts`, is not finite."""
-    if ranks() > 1:
-        tensors = [torch.tensor(list(sums.values()), device=learner.model.device)]
-        for p in learner.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            tensors.append(p.grad)
-        flat = parameters_to_vector(tensors)
-
-        def reduce() -> list[float]:
-            dist.all_reduce(flat)
-            return flat[: len(sums)].tolist()  # waits for the device, too
-
-        sums = dict(zip(sums, with_others(reduce), strict=True))
-        vector_to_parameters(flat, tensors)
-    limit = args.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
-    what = f"gradient (of {len(texts)} texts, the first named)"
-    check_finite(learner, what, norm.expand(max(len(texts), 1)), texts or [[]])
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    role = "critic" if learner.name.startswith("critic") else "actor"
-    sums = {**sums, f"{role}_grad_norm": norm.item()}
-    return {f"{name}/{learner.name}": value for name, value in sums.items()}
-
-
-# -------------------------------------------------------------------- checkpoints
-
-
-def digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def write_checkpoint(folder: Path, update: int, state: dict) -> None:
-    """Save `state` under a name that holds its SHA-256, and keep the one of the update before.
-    It is written aside and renamed; where that fails, what was there before is unharmed."""
-    aside = folder / "unfinished"
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        path = folder / f"update_{update:08}_{digest(aside)}.pt"
-        aside.replace(path)
-    except Exception:
-        aside.unlink(missing_ok=True)
-        raise
-    others = sorted(p for p in folder.glob("update_*.pt") if p != path)
-    before = [other for other in others if other.name[:15] < path.name[:15]]
-    for other in set(others) - set(before[-1:]):
-        other.unlink()
-
-
-def read_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
-    """The newest whole checkpoint, None where none was written yet, and the damaged ones
-    before it, which are named on standard error. Raises InputError if all are damaged."""
-    damaged: list[Path] = []
-    for path in sorted(folder.glob("update_*.pt"), reverse=True):
-        with suppress(OSError):
-            if path.stem.endswith(digest(path)):
-                with attempting(f"checkpoint {path} cannot be loaded"):
-                    return torch.load(path, "cpu", weights_only=True), damaged
-        damaged.append(path)
-        if rank() == 0:
-            print(f"checkpoint {path} is damaged and left out", file=sys.stderr)
-    given = f"every checkpoint in {str(folder)!r} is damaged"
-    require(not damaged, f"{given}: start a new run")
-    return None, []
-
-
-# ------------------------------------------------------------ batches and metrics
+def sum_gradients(learner: Learner) -> None:
+    """Add up a learner's gradients over the ranks, in place."""
+    for parameter in learner.parameters() if ranks() > 1 else ():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # a rank without samples takes part all the same
+                parameter.grad = torch.zeros_like(parameter)
+            with attempting(
+                f"rank {rank()} is without the others, one of which says why"
+            ):
+                dist.all_reduce(parameter.grad)
 
 
 def slices(count: int, size: int | None) -> list[slice]:
@@ -896,45 +669,21 @@ def slices(count: int, size: int | None) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def minibatches(samples: list[Sample], args: Any) -> list[tuple[list[int], float]]:
-    """The places of a buffer's samples in random order, train_batch_size at a time, and each
-    minibatch's share in the buffer, both counted over all ranks, which have as many each.
-    Within one, samples stand by length, so that micro-batches need little padding."""
-    order = torch.randperm(len(samples)).tolist()
-    lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
-    size = args.train_batch_size and math.ceil(args.train_batch_size / ranks())
-    parts = slices(len(order), size)
-    batches = [sorted(order[part], key=lengths.__getitem__) for part in parts]
-    everyones = gather(list(map(len, batches)))
-    sizes = [sum(column) for column in zip_longest(*everyones, fillvalue=0)]
-    batches += [[]] * (len(sizes) - len(batches))
-    return [(b, size / sum(sizes)) for b, size in zip(batches, sizes, strict=True)]
+# --------------------------------------------------------- metrics and pictures
 
 
-def evaluation_batches(task: Task, args: Any) -> Iterator[list[dict]]:
-    """This rank's share of the first eval_num_samples items, eval_batch_size at a time."""
-    size = len(task.eval_dataset or [])
-    places = range(min(args.eval_num_samples, size))[rank() :: ranks()]
-    for part in slices(len(places), args.eval_batch_size):
-        yield [task.eval_dataset[k] for k in places[part]]
-
-
-def diagnostics(
+def critic_metrics(
     critic: Learner, samples: list[Sample], values: Tensor, targets: Tensor, args: Any
 ) -> dict[str, float]:
     """What a critic was worth to an update, over all ranks' samples; values, targets: (B,).
-
     Explained variance is 1 - Var(G - V) / Var(G), with G the discounted return from the sample
     to the end of its episode: 1 for a critic that foresees it, 0 for one that says a constant.
-    The advantages are those before whitening.
-    """
-    returns, future = torch.zeros(len(samples)), 0.0
-    for place in reversed(range(len(samples))):
-        sample = samples[place]
-        future = sample.reward + args.discount * (0.0 if sample.done else future)
-        returns[place] = future
+    The advantages are those before whitening."""
+    returns = torch.zeros(len(samples) + 1)
+    for k, sample in reversed(list(enumerate(samples))):
+        returns[k] = sample.reward + args.discount * returns[k + 1] * (not sample.done)
     weights = targets - values if args.critic_type == "v" else values
-    everyones = gather(torch.stack([values, returns, weights]).double())
+    everyones = gather(torch.stack([values, returns[:-1], weights]).double())
     values, returns, weights = torch.cat(everyones, dim=1)
     found = {"value_mean": values.mean(), "advantage_std": weights.std(correction=0)}
     spread = returns.var(correction=0)
@@ -943,44 +692,38 @@ def diagnostics(
     return {f"critic/{name}/{critic.name}": v.item() for name, v in found.items()}
 
 
-def rollout_metrics(task: Task, samples: list[Sample], prefix: str) -> dict[str, float]:
+def rollout_metrics(
+    task: Task, samples: list[Sample], prefix: str, args: Any
+) -> dict[str, float]:
     """Means over the samples or the episodes of what the team was paid and wrote."""
-    rewards = [sample.reward for sample in samples]
-    last_rewards = [sample.reward for sample in samples if sample.done]
-    metrics = {
-        "reward": np.mean(rewards),
-        "final_reward": np.mean(last_rewards),
-        "return": np.sum(rewards) / len(last_rewards),
-        "turns": len(samples) / len(last_rewards),
-    }
-    for agent in range(len(samples[0].prompts)):
+    rewards = np.array([sample.reward for sample in samples])
+    done = np.array([sample.done for sample in samples])
+    metrics = {"reward": rewards.mean(), "final_reward": rewards[done].mean()}
+    metrics |= {"return": rewards.sum() / done.sum(), "turns": len(done) / done.sum()}
+    if args.num_turns > 1:
+        turns = np.array([sample.turn for sample in samples])
+        for turn in range(turns.max() + 1):
+            metrics[f"turn_{turn}/reward"] = rewards[turns == turn].mean()
+        metrics["unreadable"] = sum(bool(s.cut) for s in samples) / done.sum()
+    for agent in range(args.num_agents):
         lengths = [len(sample.completion_ids[agent]) for sample in samples]
         metrics[f"completion_tokens/agent_{agent}"] = np.mean(lengths)
         metrics[f"ended/agent_{agent}"] = np.mean([s.ended[agent] for s in samples])
     if task.metrics_callback is not None:
-        with attempting(f"task {task.name!r}: metrics_callback", of_user=True):
-            own = task.metrics_callback(samples)
-            metrics |= {key: float(value) for key, value in own.items()}
-    return {f"{prefix}/{key}": float(value) for key, value in metrics.items()}
+        with attempting(f"task {task.name!r}: metrics_callback"):
+            own = task.metrics_callback(copy.deepcopy(samples))
+            metrics |= {str(name): float(value) for name, value in own.items()}
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return {f"{prefix}/{name}": float(value) for name, value in finite.items()}
 
 
-def dialogues(sample: Sample) -> list[str]:
-    """What each agent read and wrote."""
-    pairs = zip(sample.prompts, sample.completions, strict=True)
-    return [f"{render(prompt).rstrip()}\n-> {text}" for prompt, text in pairs]
-
-
-def side_by_side(sample: Sample) -> str:
-    """A joint sample to read, a column per agent."""
-    texts = dialogues(sample)
-    width = max(16, shutil.get_terminal_size((100, 24)).columns // len(texts) - 3)
-    columns = [[f"agent {agent}"] for agent in range(len(texts))]
-    for column, text in zip(columns, texts, strict=True):
-        for line in text.splitlines():
-            column += textwrap.wrap(line, width) or [""]
-    rows = zip_longest(*columns, fillvalue="")
-    table = [" | ".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
-    return "\n".join([*table, f"reward {sample.reward:.3f}"])
+def dialogue(sample: Sample) -> str:
+    """A joint sample to read."""
+    lines = []
+    for agent, prompt in enumerate(sample.prompts):
+        lines += [f"agent {agent} reads:", render(prompt).rstrip()]
+        lines += [f"agent {agent} writes:", sample.completions[agent]]
+    return "\n".join([*lines, f"reward {sample.reward:.3f}"])
 
 
 PANELS = {  # of curves.png: title -> metrics
@@ -989,26 +732,24 @@ PANELS = {  # of curves.png: title -> metrics
     "explained variance of the returns": "critic/explained_variance/.*",
     "completion length (tokens)": "rollout/completion_tokens/.*",
     "entropy (nats per token)": "losses/entropy/.*",
-    "shares of the training time": "time/.*_share",
+    "norm of the gradients": "losses/(actor|critic)_grad_norm",
 }
 
 
 def draw_curves(folder: Path) -> None:
     """Draw a run's metrics.jsonl as curves.png beside it, where matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         print("curves.png needs matplotlib: pip install matplotlib")
         return
-    from matplotlib.figure import Figure
-
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     keys = dict.fromkeys(key for line in lines for key in line)
     figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True)
-    for axes, (title, pattern) in panels:
+    for axes, (title, pattern) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in filter(re.compile(pattern).fullmatch, keys):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes.plot(*zip(*points, strict=True), ".-", markersize=3, label=key)
-        if axes.lines:
             axes.legend(fontsize="small")
         if title.startswith("explained"):  # far below 0 where returns hardly vary
             axes.set_ylim(bottom=max(-1.0, axes.get_ylim()[0]))
@@ -1017,208 +758,187 @@ def draw_curves(folder: Path) -> None:
     print(f"curves: {folder / 'curves.png'}")
 
 
-# -------------------------------------------------------------------------- a run
+class Logs:
+    """What a run tells: metrics.jsonl, samples.jsonl, TensorBoard and W&B. Rank 0 writes."""
+
+    FILES = ("metrics.jsonl", "samples.jsonl")
+
+    def __init__(self, folder: Path, sizes: dict[str, int], flags: dict, step: int):
+        self.folder, self.start = folder, time.perf_counter()
+        self.tensorboard = self.wandb = None
+        if rank() > 0:
+            return
+        for name in self.FILES:  # what came after the checkpoint comes again
+            with open(folder / name, "ab") as file:
+                require(file.tell() >= sizes[name], f"{folder / name} is damaged")
+                file.truncate(sizes[name])
+        if flags["wandb_config"] is not None:
+            options = {"id": folder.name, "name": folder.name, "resume": "allow"}
+            options |= {"sync_tensorboard": True, "config": flags}
+            options |= json_object(flags["wandb_config"], "wandb_config")
+            with attempting("wandb_config needs wandb and tensorboard, and a login"):
+                import tensorboard  # noqa: F401 - W&B is told what TensorBoard is told
+                import wandb
+
+                self.wandb = wandb.init(**options)
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, name: str, line: dict[str, Any]) -> None:
+        """Append a line of JSON to a file of the run folder."""
+        if rank() == 0:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
+
+    def metrics(self, metrics: dict[str, float], step: int, update: int) -> None:
+        """Write a line of metrics, with their means over agents and over critics."""
+        teams: dict[str, list[float]] = {}  # name/agent_0, name/agent_1, ... as name
+        for key, value in metrics.items():
+            teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
+        means = {name: float(np.mean(values)) for name, values in teams.items()}
+        line = {"step": step, "update": update, **means, **metrics}
+        line["time/seconds"] = time.perf_counter() - self.start
+        self.write("metrics.jsonl", line)
+        for name, value in line.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def samples(self, samples: list[Sample], step: int, phase: str) -> None:
+        """Write joint samples; of an evaluation, show TensorBoard three."""
+        keys = ("turn", "item", "prompts", "completions", "reward")
+        for sample in samples:
+            line = {"step": step, "phase": phase}
+            self.write("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
+        if self.tensorboard and phase == "eval":
+            text = "\n\n".join(map(dialogue, samples[:3])).replace("\n", "\n    ")
+            self.tensorboard.add_text("eval/samples", f"    {text}", step)
+
+    def sync(self) -> dict[str, int]:
+        """The sizes of the files, which are on the disk now."""
+        sizes = {}
+        for name in self.FILES:
+            with open(self.folder / name, "ab") as file:
+                os.fsync(file.fileno())
+                sizes[name] = file.tell()
+        return sizes
+
+    def close(self, failed: bool) -> None:
+        """End TensorBoard and W&B."""
+        with suppress(OSError):  # on a full disk
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(failed))
 
 
-def identity(task: Task, script: str) -> dict[str, Any]:
-    """What a run must have in common with the one that it resumes, and every rank with all."""
-    items = hashlib.sha256()
-    with attempting(f"the items of task {task.name!r} cannot be hashed"):
-        options = {"default": lambda x: str(type(x)), "skipkeys": True}
-        for k in range(len(task.train_dataset)):  # odd objects count by their type
-            items.update(json.dumps(task.train_dataset[k], **options).encode())
-    return {
-        "script": script,
-        "number of ranks": ranks(),
-        "task's name": task.name,
-        "task file's hash": task.file_hash,
-        "number of train items": len(task.train_dataset),
-        "train items' hash": items.hexdigest()[:16],
-    }
+# ---------------------------------------------------------------------- the run
 
 
 class Run:
-    """A run's folder, progress, checkpoints and loggers; a context manager. All ranks count
-    alike, for each is told what the others did; the one at 0 writes."""
+    """A run's folder, progress and checkpoint; a context manager. All ranks count alike, for
+    each is told what the others did."""
 
-    FILES = ("metrics.jsonl", "samples.jsonl")
-    STATE = (  # in a checkpoint, beside the learners and the ranks' own states
-        "items", "updates", "samples", "evaluated_items", "logged_items", "order", "pending",
-        "train_seconds", "elapsed",
-    )  # fmt: skip
+    COUNTS = ("items", "updates", "evaluated", "logged", "pending", "sizes")
 
     def __init__(self, args: Any, task: Task, script: str, learners: list[Learner]):
-        self.joined = join_ranks()
-        self.args, self.task, self.script = args, task, script
-        self.learners = {learner.name: learner for learner in learners}
-        self.parts = {k: v for x in learners for k, v in x.parts().items()}
+        self.args, self.task, self.learners = args, task, learners
         epochs = 0 if args.eval_only else args.num_train_epochs
         self.total_items = epochs * len(task.train_dataset)
-        self.items = self.updates = self.samples = 0
-        self.evaluated_items, self.logged_items = -1, 0  # at the last time
-        self.order, self.taken = [], 0  # this epoch's items; how many this rank took
+        self.items = self.updates = 0
+        self.evaluated, self.logged = -1, 0  # items at the last evaluation, and line
         self.pending: dict[str, list[float]] = {}  # metrics since the last line
-        self.seconds: Counter[str] = Counter()  # by phase, since the last line
-        self.train_seconds = self.elapsed = 0.0
+        self.sizes = dict.fromkeys(Logs.FILES, 0)  # at the checkpoint
         self.shown: list[Sample] = []
-        self.tensorboard = self.wandb = None
         self.stop = 0  # the signal that asked for it
-        if rank() > 0:
-            transformers.set_seed(args.seed + 100_003 * rank())
-        self.random = random_states()
-        flags = asdict(args) | {"resume": None} | identity(task, script)
+        self.whole = True  # False within an update: half of one is never saved
+        flags = asdict(args) | {"resume": None, "script": Path(script).name}
+        flags |= {"ranks": ranks(), "train_items": len(task.train_dataset)}
         self.flags = json.loads(json.dumps(flags, default=str))  # as args.json has them
         same = all(self.flags == other for other in gather(self.flags))
-        differ = "has other items in every process: draw them from a seed"
-        require(same, f"task {task.name!r} {differ}")
-        name = f"{args.exp_name or script}__{task.name}__{args.seed}__"
+        require(same, f"task {task.name!r} has other items in every process")
+        name = f"{args.exp_name or Path(script).stem}__{task.name}__{args.seed}__"
         folder = Path(args.output_dir) / (name + time.strftime("%Y%m%d-%H%M%S"))
-        if rank() == 0 and not args.resume:
-            with attempting(f"run folder {str(folder)!r} cannot be made"):
-                while folder.exists():  # a second run within the second
-                    folder = folder.with_name(folder.name + "_")
-                folder.mkdir(parents=True)
+        while folder.exists():  # a second run within the second
+            folder = folder.with_name(folder.name + "_")
         self.folder = gather(Path(args.resume or folder))[0]
-        self.sizes, self.damaged = dict.fromkeys(self.FILES, 0), []
+        self.checkpoint = self.folder / "checkpoint.pt"
+        for learner in learners if not args.eval_only else ():
+            restore_value_head(learner)
         if args.resume:
             self.restore()
 
     def restore(self) -> None:
-        """Take a run up where its newest checkpoint left it; one that was killed before its
-        first begins anew. Raises InputError where this run differs from that one."""
+        """Take a run up where its checkpoint left it; one that was killed before its first
+        begins anew. Raises InputError where this run differs from that one."""
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
             was = json.loads((self.folder / "args.json").read_text())
-        changes = [
-            f"{name} was {was.get(name)!r} and is {now!r}"
-            for name, now in self.flags.items()
-            if name not in FREE_FLAGS and was.get(name) != now
-        ]
-        require(not changes, f"{failure}: {', '.join(changes)}")
-        state, self.damaged = read_checkpoint(self.folder / "checkpoint")
-        if state is None:
-            finished = (self.folder / next(iter(self.learners))).exists()
+        free = {flag.name for flag in fields(RunArgs)}
+        for name, now in self.flags.items():
+            same = name in free or was.get(name) == now
+            require(same, f"{failure}: {name} was {was.get(name)!r} and is {now!r}")
+        if not self.checkpoint.exists():
+            finished = (self.folder / self.learners[0].name).exists()
             require(not finished, f"{failure}: it is finished and has no checkpoint")
             return
-        with attempting(failure):
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-        vars(self).update(state["run"])
-        self.sizes = state["sizes"]
-        self.taken, self.random = state["ranks"][rank()]
-        epochs, total = self.args.num_train_epochs, self.total_items
-        few = f"it has played {self.items} items, and num_train_epochs {epochs} has {total}"
-        require(self.items <= total, f"{failure}: {few}")
-        if self.items == total and rank() == 0:
+        with attempting(f"checkpoint {str(self.checkpoint)!r} is damaged"):
+            with zipfile.ZipFile(self.checkpoint) as file:
+                require(file.testzip() is None, "a checksum is wrong")
+            state = torch.load(self.checkpoint, "cpu", weights_only=True)
+            for learner in self.learners:
+                learner.load_state_dict(state["weights"][learner.name])
+                learner.optimizer.load_state_dict(state["optimizers"][learner.name])
+        vars(self).update(state["counts"])
+        played = f"it has played {self.items} items of {self.total_items}"
+        require(self.items <= self.total_items, f"{failure}: {played}")
+        if self.items == self.total_items and rank() == 0:
             print(f"{self.folder} is finished: a larger num_train_epochs goes on")
 
     def __enter__(self) -> Self:
-        self.cleanup, self.handlers = ExitStack(), {}
-        self.start = time.perf_counter() - self.elapsed
         if rank() == 0:
-            failure = f"run folder {str(self.folder)!r} cannot be written, or is in use"
-            with attempting(failure):
-                self.open_folder()
-            self.start_loggers()
-        options = {"initial": self.items, "disable": self.args.eval_only or rank() > 0}
-        bar = tqdm(unit="item", total=self.total_items, **options)
-        self.bar = self.cleanup.enter_context(bar)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.folder / "args.unfinished"  # never a torn args.json
+            aside.write_text(json.dumps(self.flags, indent=2) + "\n")
+            aside.replace(self.folder / "args.json")
+        self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
+        often = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
+        options = {"mininterval": often, "maxinterval": often, "initial": self.items}
+        options["disable"] = self.args.eval_only or rank() > 0
+        self.bar = tqdm(unit="item", total=self.total_items, **options)
+        self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
-        set_random_states(self.random)
-        self.mark = time.perf_counter()  # what came before is no training time
+        self.mark = time.perf_counter()  # when training began, or went on
         return self
 
-    def open_folder(self) -> None:
-        """Lock the folder, cut its files to what is resumed, and write args.json."""
-        lock = self.cleanup.enter_context(open(self.folder / "lock", "w"))  # noqa: SIM115
-        with suppress(ImportError):  # on Windows nothing is locked
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in self.damaged:
-            path.unlink()
-        for name in self.FILES:
-            with open(self.folder / name, "ab") as file:
-                shorter = file.tell() < self.sizes[name]
-                require(not shorter, f"{name} is shorter than its checkpoint says")
-                file.truncate(self.sizes[name])
-        aside = self.folder / "args.unfinished"  # never a torn args.json
-        aside.write_text(json.dumps(self.flags, indent=2) + "\n")
-        aside.replace(self.folder / "args.json")
-
-    def start_loggers(self) -> None:
-        """Start TensorBoard, where it is installed, and W&B, where it is asked for."""
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(self.folder), purge_step=self.items + 1)
-            self.tensorboard = self.cleanup.enter_context(writer)
-        if self.args.wandb_config is not None:
-            import wandb
-
-            name = self.folder.name
-            options = {"id": name, "name": name, "resume": "allow"}
-            config = json_object(self.args.wandb_config, "wandb_config")
-            self.wandb = wandb.init(**{**options, "config": self.flags, **config})
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object):
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=int(error is not None))
-        with suppress(OSError):  # of TensorBoard, on a full disk
-            self.cleanup.close()
-        checkpoints = list(self.folder.glob("checkpoint/update_*.pt"))
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.bar.close()
         if isinstance(error, InputError):
-            place = f", rank {rank()}" if ranks() > 1 else ""
-            error.args = (f"{error} (after update {self.updates}{place})",)
-        elif rank() == 0 and error is None:
-            print(*(f"\n{side_by_side(sample)}" for sample in self.shown), sep="\n")
-            print(f"\nrun folder: {self.folder}")
-        elif rank() == 0 and checkpoints:
-            command = f"train(replace(args, resume={str(self.folder)!r}), task)"
-            if Path(sys.argv[0]).stem == self.script:
-                here = os.environ.get("LOCAL_WORLD_SIZE", ranks())
-                start = f"torchrun --nproc-per-node {here}" if ranks() > 1 else "python"
-                resume = [sys.argv[0], "--resume", str(self.folder)]
-                command = f"{start} {shlex.join(resume)}"
-            print(f"go on with: {command}")
+            error.args = (f"{error} (rank {rank()}, after update {self.updates})",)
+        if isinstance(error, Exception) and self.whole and self.updates > 0:
+            with suppress(InputError):  # the error is what is to be read
+                self.save_checkpoint()
+        if rank() == 0 and error is None:
+            for text in (*map(dialogue, self.shown), f"run folder: {self.folder}"):
+                print(f"\n{text}")
+        elif rank() == 0 and self.checkpoint.exists():
+            count = os.environ.get("LOCAL_WORLD_SIZE")
+            start = f"torchrun --nproc-per-node {count}" if count else "python"
+            place = shlex.quote(str(self.folder))
+            print(f"go on with: {start} {self.flags['script']} --resume {place}")
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.stop and ranks() > 1:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if self.joined and (error is None or isinstance(error, SystemExit)):
-            dist.destroy_process_group()
+        self.logs.close(failed=error is not None)
 
     def ask_to_stop(self, number: int, frame: object) -> None:
-        """Handle a signal: stop once the step is done. If it comes a second time, stop at once;
-        a rank, which torchrun asks twice, five seconds before torchrun would kill it."""
+        """Handle a signal: stop once the update is done. If it comes a second time, stop at
+        once; not a rank, which is asked by the terminal and by torchrun."""
         self.stop = number
         if ranks() == 1:
             signal.signal(number, self.handlers[number])
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
-        else:  # it may be waiting for a rank that is dead
-            grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")) - 5
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
-            signal.setitimer(signal.ITIMER_REAL, grace)
-
-    def buffers(self, play: Callable[[list[dict]], list[Sample]]) -> Iterator[list]:
-        """This rank's share of one buffer after another: whole episodes, by `play`, of as many
-        items at once as the buffer is sure to need, until it is full or the epoch is over."""
-        args, dataset = self.args, self.task.train_dataset
-        size = math.ceil(args.rollout_buffer_size / ranks())
-        at_most = args.num_turns * args.num_generations  # samples of an item
-        while self.items < self.total_items:
-            if self.items % len(dataset) == 0:
-                self.order = gather(torch.randperm(len(dataset)).tolist())[0]
-                self.taken = 0
-            share = iter(self.order[rank() :: ranks()][self.taken :])
-            samples: list[Sample] = []
-            while needed := math.ceil(max(size - len(samples), 0) / at_most):
-                if not (places := list(islice(share, needed))):
-                    break
-                samples += play([dataset[k] for k in places])
-            yield samples  # maybe none, where only other ranks have items left
+            os.write(2, b"\nstopping after this update; once more stops at once\n")
 
     def due(self, last: int, interval: int) -> bool:
         """Whether the run passed a multiple of `interval` items since `last`, or is over."""
@@ -1228,149 +948,76 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Whether to evaluate now: at the start, every eval_interval items, at the end."""
-        return self.due(self.evaluated_items, self.args.eval_interval)
+        return self.due(self.evaluated, self.args.eval_interval)
 
     def log_update(self, samples: list[Sample], losses: dict[str, float]) -> None:
         """Count an update's samples, write a line every logging_steps items, save if due."""
-        generations, interval = self.args.num_generations, self.args.save_interval
-        self.taken += sum(sample.done for sample in samples) // generations
-        samples = list(chain(*gather(samples)))
-        items = sum(sample.done for sample in samples) // generations
+        samples = [sample for share in gather(samples) for sample in share]
+        items = sum(sample.done for sample in samples) // self.args.num_generations
         self.items += items
-        self.samples += len(samples)
         self.updates += 1
-        metrics = rollout_metrics(self.task, samples, "rollout") | losses
-        for name, value in metrics.items():
+        self.whole = True
+        rate = len(samples) / (time.perf_counter() - self.mark)
+        metrics = rollout_metrics(self.task, samples, "rollout", self.args) | losses
+        for name, value in {**metrics, "time/samples_per_second": rate}.items():
             self.pending.setdefault(name, []).append(value)
-        self.log_samples(samples, "train")
-        lap = self.lap()
-        self.seconds.update(lap)
-        self.train_seconds += lap.total()
-        rate = self.samples / self.train_seconds
-        if self.due(self.logged_items, self.args.logging_steps):
-            line = {name: float(np.mean(v)) for name, v in self.pending.items()}
-            for phase, seconds in self.seconds.items():
-                line[f"time/{phase}_share"] = seconds / self.seconds.total()
-            self.log(line | {"time/samples_per_second": rate})
-            self.pending, self.seconds, self.logged_items = {}, Counter(), self.items
-        reward = f"reward {metrics['rollout/return']:.3f}"
+        if self.due(self.logged, self.args.logging_steps):
+            means = {name: float(np.mean(x)) for name, x in self.pending.items()}
+            self.logs.metrics(means, self.items, self.updates)
+            self.pending, self.logged = {}, self.items
+        self.logs.samples(samples[: self.args.log_samples], self.items, "train")
+        done = f"update {self.updates}, return {metrics['rollout/return']:.3f}"
+        self.bar.set_postfix_str(f"{done}, {rate:.3g} samples/s", refresh=False)
         self.bar.update(items)
-        shown = f"update {self.updates}, {reward}, {rate:.3g} samples/s"
-        self.bar.set_postfix_str(shown)
-        more = self.items < self.total_items
+        interval, more = self.args.save_interval, self.items < self.total_items
         self.pause(interval > 0 and more and self.updates % interval == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
-        samples = list(chain(*gather(samples)))
-        self.evaluated_items = self.items
+        samples = [sample for share in gather(samples) for sample in share]
+        self.evaluated, self.shown = self.items, samples[:3]
         if samples:
-            with fresh_randomness(self.args.seed):
-                metrics = rollout_metrics(self.task, samples, "eval")
-            self.log(metrics)
-            self.log_samples(samples, "eval")
+            metrics = rollout_metrics(self.task, samples, "eval", self.args)
+            self.logs.metrics(metrics, self.items, self.updates)
+            self.logs.samples(samples[: self.args.log_samples], self.items, "eval")
             if rank() == 0:
-                reward = f"reward {metrics['eval/return']:.3f}"
-                self.bar.write(f"evaluation after {self.items} items: {reward}")
-        self.lap()  # it is no training time
+                done = f"return {metrics['eval/return']:.3f}"
+                self.bar.write(f"evaluation after {self.items} items: {done}")
         self.pause(self.args.save_interval > 0 and self.items == self.total_items)
 
     def pause(self, due: bool) -> None:
         """Save a checkpoint if it is due; save and exit if a signal asked a rank to stop."""
         stop = max(gather(self.stop))
-        if (due or stop) and not self.args.eval_only:
+        if due or stop:
             self.save_checkpoint()
-            self.lap()  # nor is this
+            gather(None)  # no rank goes on, or ends, before the checkpoint is there
         if stop:
             raise SystemExit(128 + stop)
+        self.mark = time.perf_counter()  # what came before was no training
 
     def save_checkpoint(self) -> None:
-        """Write all that going on needs; raises InputError where it cannot be written."""
-        everyone = gather((self.taken, random_states()))
-        folder = self.folder / "checkpoint"
-        if rank() == 0:
-            with attempting(f"the checkpoint cannot be written to {str(folder)!r}"):
-                folder.mkdir(exist_ok=True)
-                for name in self.FILES:
-                    with open(self.folder / name, "ab") as file:
-                        os.fsync(file.fileno())
-                        self.sizes[name] = file.tell()
-                self.elapsed = time.perf_counter() - self.start
-                state = {"run": {name: getattr(self, name) for name in self.STATE}}
-                state |= {"ranks": everyone, "sizes": self.sizes}
-                parts = self.parts.items()
-                state["parts"] = {name: part.state_dict() for name, part in parts}
-                write_checkpoint(folder, self.updates, state)
-        gather(None)  # no rank goes on, or ends, before the checkpoint is there
-
-    def lap(self) -> Counter[str]:
-        """The seconds of each phase, and of the rest, since this was last asked."""
-        seconds: Counter[str] = Counter()
-        for learner in self.learners.values():
-            seconds.update(learner.seconds)
-            learner.seconds.clear()
-        now = time.perf_counter()
-        seconds["rest"] = now - self.mark - seconds.total()
-        self.mark = now
-        return seconds
-
-    def log(self, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl, and tell the other loggers."""
-        teams: dict[str, list[float]] = {}  # name/agent_0, name/agent_1, ... as name
-        for key, value in metrics.items():
-            teams.setdefault(re.sub(r"/(agent|critic)_\d+$", "", key), []).append(value)
-        line = {"step": self.items, "update": self.updates}
-        line |= {name: float(np.mean(values)) for name, values in teams.items()}
-        line |= metrics
-        line["time/seconds"] = time.perf_counter() - self.start
-        self.append("metrics.jsonl", line)
-        if self.tensorboard is not None:
-            with attempting(f"TensorBoard cannot write to {str(self.folder)!r}"):
-                for name, value in line.items():
-                    self.tensorboard.add_scalar(name, value, self.items)
-        if self.wandb is not None:
-            self.wandb.log(line, step=self.items)
-
-    def log_samples(self, samples: list[Sample], phase: str) -> None:
-        """Append the first log_samples joint samples to samples.jsonl; of an evaluation, show
-        three to the other loggers, and at the end of the run."""
-        keys = ("turn", "item", "prompts", "completions", "reward")
-        for sample in samples[: self.args.log_samples]:
-            line = {"step": self.items, "phase": phase}
-            self.append("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
-        if phase == "train":
+        """Write all that going on needs: aside, synced, renamed, so that the file is whole
+        whenever the run is killed. Raises InputError where it cannot be written."""
+        if rank() > 0 or self.args.eval_only:
             return
-        self.shown = samples[:3]
-        if self.tensorboard is not None:
-            text = "\n\n".join(map(side_by_side, self.shown))
-            text = textwrap.indent(text, "    ", lambda line: True)  # as it stands
-            self.tensorboard.add_text("eval/samples", text, self.items)
-        if self.wandb is not None:
-            from wandb import Table
-
-            columns = [*(f"agent {k}" for k in range(self.args.num_agents)), "reward"]
-            rows = [[*dialogues(sample), sample.reward] for sample in self.shown]
-            table = Table(columns=columns, data=rows)
-            self.wandb.log({"eval/samples": table}, step=self.items)
-
-    def append(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line of JSON to a file of the run folder."""
-        path = self.folder / name
-        with attempting(f"{str(path)!r} cannot be written"):
-            if rank() == 0:
-                with open(path, "a") as file:
-                    file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
+        aside = self.folder / "checkpoint.unfinished"
+        with attempting(f"the checkpoint cannot be written to {str(self.folder)!r}"):
+            self.sizes = self.logs.sync()
+            state = {"counts": {name: getattr(self, name) for name in self.COUNTS}}
+            state["weights"] = {x.name: x.state_dict() for x in self.learners}
+            optimizers = {x.name: x.optimizer.state_dict() for x in self.learners}
+            try:
+                with open(aside, "wb") as file:
+                    torch.save(state | {"optimizers": optimizers}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                aside.replace(self.checkpoint)
+            finally:
+                aside.unlink(missing_ok=True)  # where the disk is full
 
     def save(self) -> None:
-        """Write each model as a folder, with its value head, and curves.png."""
-        writes = rank() == 0 and not self.args.eval_only
-        for name, learner in self.learners.items() if writes else ():
-            folder, head = self.folder / name, learner.value_head
-            with attempting(f"{str(folder)!r} cannot be written"):
-                learner.model.save_pretrained(folder)
-                learner.tokenizer.save_pretrained(folder)
-                if head is not None:
-                    torch.save(head.state_dict(), folder / "value_head.pt")
-        with attempting(f"curves.png cannot be written to {str(self.folder)!r}"):
-            if rank() == 0:
-                draw_curves(self.folder)
+        """Write each model as a folder, and curves.png."""
+        for learner in self.learners if rank() == 0 and not self.args.eval_only else ():
+            save_learner(learner, self.folder / learner.name)
+        if rank() == 0:
+            draw_curves(self.folder)

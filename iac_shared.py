@@ -28,22 +28,25 @@ import math
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 import common
 from common import Learner, Sample, Task
 
+Team = list[Learner]  # actors or critics
 Ids = list[list[int]]  # B texts as token ids
 Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
+Rng = torch.Generator
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
 
 
 @dataclass
-class Args(common.RunArgs):
+class Args(common.TaskArgs):
     """The flags of this script, after those of every run."""
 
     # episodes and generation
@@ -86,7 +89,7 @@ class Args(common.RunArgs):
     rollout_buffer_size: int = 64
     """Samples (a turn of an episode each) per agent to collect before an update."""
     train_batch_size: int | None = None
-    """Samples of a minibatch, one optimizer step each; None = the buffer."""
+    """Samples of a minibatch at most, one optimizer step each; None = the buffer."""
     micro_batch_size: int | None = None
     """Samples in a forward pass (gradient accumulation); None = the minibatch."""
     max_grad_norm: float = 1.0
@@ -131,14 +134,23 @@ def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) ->
     return {"input_ids": ids, "attention_mask": mask, "position_ids": places}, width
 
 
+def distinct(texts: Ids) -> tuple[Ids, list[int]]:
+    """The distinct texts, and each text's place among them: a model reads each only once."""
+    places = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, texts)))}
+    return list(map(list, places)), [places[tuple(ids)] for ids in texts]
+
+
 # ------------------------------------------------------------------- generation
 
 
-def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
-    """Temperature, then top-k, then top-p: the same for sampling and for (1).
-    Logits (..., V) -> float32 scores (..., V), -inf where cut. The tokens `keep` (...) are
-    never cut, so that no rounding makes a sampled token impossible."""
+def warp(
+    actor: Learner, logits: Tensor, args: Args, keep: Tensor | None = None
+) -> Tensor:
+    """Temperature, then top-k, then top-p, over the tokenizer's tokens: the same for sampling
+    and for (1). Logits (..., V) -> float32 scores (..., V), -inf where cut. The tokens `keep`
+    (...) are never cut, so that no rounding makes a sampled token impossible."""
     scores = logits.float() / args.temperature
+    scores[..., actor.unknown_ids] = -torch.inf
     if args.top_k is None and args.top_p == 1:
         return scores
     cut = torch.zeros_like(scores, dtype=torch.bool)
@@ -154,120 +166,178 @@ def warp(logits: Tensor, args: Args, keep: Tensor | None = None) -> Tensor:
     return scores.masked_fill(cut, -torch.inf)
 
 
-@common.timed("generation")
+def draw_tokens(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B,) from scores (B, V), by the inverse of the cumulative distribution at
+    uniforms (B,) from [0, 1)."""
+    cumulative = scores.softmax(-1).double().cumsum(-1)  # (B, V)
+    level = uniforms.double() * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, level.unsqueeze(-1), right=True)
+    return tokens.squeeze(-1).clamp(max=scores.shape[-1] - 1)
+
+
 @torch.no_grad()
-def generate(actor: Learner, prompts: Ids, args: Args) -> Ids:
+def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     """Sample a completion for each prompt, all in one batch. It goes up to its first
     end-of-sequence token, inclusive, or to max_new_tokens."""
-    inputs, _ = pad_batch(actor, prompts)
-    end_ids = torch.tensor(actor.end_ids, device=actor.model.device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=actor.model.device)
-    sampled, cache = [], None
-    for _ in range(args.max_new_tokens):
+    texts, rows = distinct(prompts)
+    inputs, _ = pad_batch(actor, texts)
+    rows = torch.tensor(rows, device=actor.model.device)  # (B,)
+    end_ids = torch.tensor(actor.end_ids, dtype=rows.dtype, device=rows.device)
+    uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
+    sampled, ended, cache = [], torch.zeros_like(rows, dtype=torch.bool), None
+    for uniform in uniforms.to(rows.device):
         options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
         output = actor.model(**inputs, **options)
-        probabilities = warp(output.logits[:, -1], args).softmax(-1)  # (B, V)
-        common.check_finite(actor, "probability", probabilities[:, 0], prompts)
-        tokens = torch.multinomial(probabilities, 1)  # (B, 1)
+        logits, cache = output.logits[:, -1], output.cache
+        if not sampled:  # each distinct prompt was read once: now a row for each sample
+            logits = logits[rows]  # (B, V)
+            cache.reorder_cache(rows)
+            inputs = {name: tensor[rows] for name, tensor in inputs.items()}
+        tokens = draw_tokens(warp(actor, logits, args), uniform)  # (B,)
         sampled.append(tokens)
-        ended |= torch.isin(tokens[:, 0], end_ids)
+        ended |= torch.isin(tokens, end_ids)
         if ended.all():
             break
-        cache, places = output.cache, inputs["position_ids"][:, -1:] + 1
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
-    rows = torch.cat(sampled, dim=1).tolist()
-    ends = [[token in actor.end_ids for token in row] + [True] for row in rows]
-    return [row[: end.index(True) + 1] for row, end in zip(rows, ends, strict=True)]
+        places = inputs["position_ids"][:, -1:] + 1
+        inputs = {"input_ids": tokens[:, None], "attention_mask": mask}
+        inputs["position_ids"] = places
+    tokens = torch.stack(sampled, dim=1)  # (B, T)
+    ends = torch.isin(tokens, end_ids).long()
+    kept = ends.cumsum(1) - ends == 0  # through the first end
+    return [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
 
 
 # ------------------------------------------------------------ log-probabilities
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, args: Args) -> Tensor:
-    """Log-probabilities of tokens (B, T), and entropies, from logits (B, T, V): (2, B, T)."""
-    logprobs = warp(logits, args, tokens).log_softmax(-1)
-    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    if args.entropy_coef == 0:  # the entropy is a metric then, without gradient
-        logprobs = logprobs.detach()
-    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # -inf · 0 is 0 here
-    return torch.stack([chosen, entropy])
-
-
 def sequence_logprobs(
     actor: Learner, prompts: Ids, completions: Ids, args: Args
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """log π(a|h) (B,), the entropy in nats summed over the completion's tokens (B,), and
     V or Q (B,) from the same forward pass."""
     inputs, width = pad_batch(actor, prompts, completions)
     tokens = inputs["input_ids"][:, width:]  # (B, T)
-    mask = inputs["attention_mask"][:, width:]  # (B, T)
+    padding = inputs["attention_mask"][:, width:] == 0  # (B, T)
     places = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
     options = {"use_cache": False, "logits_to_keep": places}  # those before a token
     with common.autocast(actor, args):
         output = actor.model(**inputs, **options, output_hidden_states=True)
-    rows = max(1, 2**22 // output.logits[0].numel())  # pieces of 16 MB, not all at once
-    pieces = zip(output.logits.split(rows), tokens.split(rows), strict=True)
-    scores = torch.cat([token_logprobs(*piece, args) for piece in pieces], dim=1)
-    logprobs, entropies = (scores * mask).sum(-1)  # (2, B), (1)
-    last = width - 1 + mask.sum(1) * (args.critic_type == "q")  # (B,)
+    logprobs = warp(actor, output.logits, args, tokens).log_softmax(-1)  # (B, T, V)
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    if args.entropy_coef == 0:  # the entropy is a metric then, without gradient
+        logprobs = logprobs.detach()
+    entropies = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # 0 where cut
+    entropy = entropies.masked_fill(padding, 0.0).sum(-1)
+    last = (~padding).sum(1) * (args.critic_type == "q") + width - 1  # (B,)
     hidden = output.hidden_states[-1][torch.arange(len(last)), last]  # (B, H)
     values = actor.value_head(hidden.float())
-    return logprobs, entropies, values
+    return chosen.masked_fill(padding, 0.0).sum(-1), entropy, values  # (1)
 
 
 # --------------------------------------------------------------------- rollouts
 
 
-def collect(
-    actors: list[Learner], task: Task, items: list[dict], args: Args
+def critic_texts(critics: Team, samples: list[Sample], args: Args) -> None:
+    """Set what each agent's value head judges, the agent's own tokens: h (v), or h, a (q)."""
+    for agent in range(len(critics)):
+        for sample in samples:
+            action = sample.completion_ids[agent] if args.critic_type == "q" else []
+            sample.critic_ids.append(sample.prompt_ids[agent] + action)
+
+
+def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None:
+    """Each agent writes its completion for each sample, unseen by the others."""
+    for agent, actor in enumerate(actors if samples else ()):
+        prompts = [sample.prompt_ids[agent] for sample in samples]
+        with common.autocast(actor, args):  # one region: the weights are cast once
+            completions = generate(actor, prompts, generator, args)
+        for sample, ids in zip(samples, completions, strict=True):
+            ended = ids[-1] in actor.end_ids
+            words = ids[:-1] if ended else ids  # the end is part of the action only
+            text = actor.tokenizer.decode(words, skip_special_tokens=True)
+            sample.completion_ids.append(ids)
+            sample.completions.append(text)
+            sample.ended.append(ended)
+
+
+def play(
+    actors: Team, critics: Team, task: Task, items: list, generator: Rng, args: Args
 ) -> list[Sample]:
     """Play num_generations episodes of each item, all of them side by side. Returns the
     samples, episode after episode, turn after turn."""
-    samples: list[Sample] = []
-    live = common.first_turn(task, items, args)
+    threshold = args.early_termination_threshold
+    threshold = math.inf if threshold is None else threshold
+    samples, live = [], []
+    for item in items:
+        for _ in range(args.num_generations):
+            prompts = [task.format(item, agent) for agent in range(args.num_agents)]
+            live.append(Sample(item, len(live), 0, prompts))
     while live:
         for agent, actor in enumerate(actors):
             prompts = [sample.prompts[agent] for sample in live]
-            prompt_ids = common.encode(actor, prompts, room=args.max_new_tokens)
-            with common.autocast(actor, args):  # one region: the weights are cast once
-                completion_ids = generate(actor, prompt_ids, args)
-            for sample, *ids in zip(live, prompt_ids, completion_ids, strict=True):
-                sample.add(actor, *ids)
-        common.end_turn(task, live, args)
+            rows = common.encode(actor, live, prompts, room=args.max_new_tokens)
+            for sample, ids in zip(live, rows, strict=True):
+                sample.prompt_ids.append(ids)
+        live = [s for s in live if all(s.prompt_ids)]  # else the turn is not played
+        act(actors, live, generator, args)
+        critic_texts(critics, live, args)
+        live = [s for s in live if all(s.critic_ids)]
+        for _, joint in groupby(live, lambda s: s.episode // args.num_generations):
+            joint = list(joint)  # the generations of one item
+            for sample, reward in zip(joint, task.pay(joint), strict=True):
+                sample.reward = reward
         samples += live
-        live = common.next_turn(task, live, args)
-    return sorted(samples, key=lambda sample: (sample.episode, sample.turn))
+        turn, live = live, []
+        for s in turn:
+            if s.turn + 1 < args.num_turns and s.reward <= threshold:  # it goes on
+                prompts = task.transition(s, args.external_prompt_passthrough)
+                past = [*s.history, s]
+                live.append(Sample(s.item, s.episode, s.turn + 1, prompts, past))
+    samples.sort(key=lambda sample: (sample.episode, sample.turn))
+    for k, sample in enumerate(samples):  # an episode is over where another one follows
+        sample.done = k + 1 == len(samples) or samples[k + 1].turn == 0
+    return samples
+
+
+def collect(
+    actors: Team, critics: Team, task: Task, places: list, generator: Rng, args: Args
+) -> list[Sample]:
+    """Play the train items at these places, as many at once as are sure to be needed, until the
+    buffers of all ranks are full or the items are over. Returns this rank's samples."""
+    samples, count = [], 0
+    while count < args.rollout_buffer_size and places:
+        at_most = args.num_turns * args.num_generations  # samples of an item
+        needed = math.ceil((args.rollout_buffer_size - count) / at_most)
+        items = common.pick_items(task.train_dataset, places[:needed])
+        samples += play(actors, critics, task, items, generator, args)
+        places = places[needed:]
+        (count,) = common.total(len(samples))
+    return samples
 
 
 # ------------------------------------------------------- targets and advantages
 
 
-def critic_texts(critic: Learner, samples: list[Sample], agent: int, args: Args) -> Ids:
-    """What the agent's value head judges, as the agent's tokens: h (v), or h and a (q)."""
-    if args.critic_type == "v":
-        return [sample.prompt_ids[agent] for sample in samples]
-    return [s.prompt_ids[agent] + s.completion_ids[agent] for s in samples]
-
-
 def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """V or Q of each text, read at its last token: (B,)."""
+    texts, rows = distinct(texts)
     inputs, _ = pad_batch(critic, texts)
     with common.autocast(critic, args):
         output = critic.model.base_model(**inputs, use_cache=False)
-    return critic.value_head(output.last_hidden_state[:, -1].float())  # from (B, L, H)
+    hidden = output.last_hidden_state[rows, -1]  # (B, H) from (distinct texts, L, H)
+    return critic.value_head(hidden.float())
 
 
-@common.timed("values")
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
-    size = args.micro_batch_size or args.train_batch_size
-    parts = common.slices(len(texts), size)
-    values = [critic_values(critic, texts[part], args).cpu() for part in parts]
-    values = torch.cat([torch.zeros(0), *values])
-    common.check_finite(critic, "value", values, texts)
-    return values
+    values = [torch.zeros(0)]
+    for part in common.slices(
+        len(texts), args.micro_batch_size or args.train_batch_size
+    ):
+        values.append(critic_values(critic, texts[part], args).cpu())
+    return torch.cat(values)
 
 
 def td_targets(samples: list[Sample], values: Tensor, args: Args) -> Tensor:
@@ -293,6 +363,37 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 # ----------------------------------------------------------------------- update
 
 
+def minibatches(
+    samples: list[Sample], generator: Rng, args: Args
+) -> tuple[list[list[int]], list[float]]:
+    """The places of a buffer's samples in random order, cut into minibatches, and the share of
+    each in the buffer; over all ranks, which take as many steps each. Within one, samples
+    stand by length, so that micro-batches need little padding."""
+    (count,) = common.total(len(samples))
+    number = math.ceil(count / (args.train_batch_size or count))
+    order = torch.randperm(len(samples), generator=generator)
+    lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
+    parts = order.tensor_split(number)
+    batches = [sorted(part.tolist(), key=lengths.__getitem__) for part in parts]
+    return batches, [size / count for size in common.total(*map(len, batches))]
+
+
+def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, float]:
+    """Sum the gradients over the ranks, clip, and take the optimizer's step. Returns the sums
+    over the ranks, and the gradient's norm before clipping."""
+    common.sum_gradients(learner)
+    limit = args.max_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
+    failure = f"{learner.name}: the gradient is not finite; no weight has it yet"
+    common.require(norm.isfinite(), f"{failure}, try a smaller learning rate")
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    sums = dict(zip(sums, common.total(*sums.values()), strict=True))
+    role = "critic" if learner.name.startswith("critic") else "actor"
+    sums[f"{role}_grad_norm"] = norm.item()
+    return {f"losses/{name}/{learner.name}": value for name, value in sums.items()}
+
+
 def value_errors(values: Tensor, old: Tensor, targets: Tensor, args: Args) -> Tensor:
     """The squared errors in (5): (B,)."""
     reach = args.value_clip_range if args.value_clip_range is not None else math.inf
@@ -300,11 +401,11 @@ def value_errors(values: Tensor, old: Tensor, targets: Tensor, args: Args) -> Te
     return torch.maximum((targets - values).square(), (targets - clipped).square())
 
 
-@common.timed("update")
 def update_actor(
-    actor: Learner, samples: list[Sample], agent: int, columns: Tensor, args: Args
-) -> dict[str, float]:
-    """One optimizer step of (4) + (5) on a minibatch; columns: weights, V_old, y (3, B)."""
+    actor: Learner, samples: list[Sample], agent: int,
+    weights: Tensor, old_values: Tensor, targets: Tensor, args: Args,
+) -> dict[str, float]:  # fmt: skip
+    """One optimizer step of (4) + (5) on a minibatch of samples; weights, V_old, y: (B,)."""
     prompts = [sample.prompt_ids[agent] for sample in samples]
     completions = [sample.completion_ids[agent] for sample in samples]
     count, tokens = common.total(len(prompts), sum(map(len, completions)))
@@ -312,52 +413,52 @@ def update_actor(
     for part in common.slices(len(prompts), args.micro_batch_size):
         texts = prompts[part], completions[part]
         logprobs, entropies, values = sequence_logprobs(actor, *texts, args)
-        weights, old, targets = columns[:, part].to(values.device)
-        losses = -logprobs * weights  # (B,)
-        common.check_finite(actor, "policy loss", losses, prompts[part])
+        losses = -logprobs * weights[part].to(logprobs.device)  # (B,)
         loss = losses.sum() / count
         bonus = entropies.sum() / tokens
-        errors = value_errors(values, old, targets, args)  # (B,)
-        common.check_finite(actor, "value loss", errors, prompts[part])
-        value_loss = errors.sum() / count
+        judged = (x[part].to(values.device) for x in (old_values, targets))
+        value_loss = value_errors(values, *judged, args).sum() / count
         total = loss - args.entropy_coef * bonus + args.value_loss_coef * value_loss
         total.backward()  # (4) and (5)
         sums["policy_loss"] += loss.item()
         sums["entropy"] += bonus.item()
         sums["value_loss"] += value_loss.item()
-    return common.optimizer_step(actor, sums, prompts, args)
+    return step(actor, sums, args)
 
 
 def update(
-    actors: list[Learner], critics: list[Learner], samples: list[Sample], args: Args
+    actors: Team, critics: Team, samples: list[Sample], generator: Rng, args: Args
 ) -> dict[str, float]:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
     metrics: dict[str, float] = defaultdict(float)
-    batches = common.minibatches(samples, args)
+    batches, shares = minibatches(samples, generator, args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
-        texts = critic_texts(critic, samples, agent, args)
+        texts = [sample.critic_ids[agent] for sample in samples]
         values = estimate_values(critic, texts, args)
         targets = td_targets(samples, values, args)
         weights = advantages(targets, values, args)
-        metrics |= common.diagnostics(critic, samples, values, targets, args)
-        for batch, share in batches:
-            columns = torch.stack([weights, values, targets])[:, batch]
+        metrics |= common.critic_metrics(critic, samples, values, targets, args)
+        for batch, share in zip(batches, shares, strict=True):
             chosen = [samples[k] for k in batch]
-            losses = update_actor(actor, chosen, agent, columns, args)
+            columns = weights[batch], values[batch], targets[batch]
+            losses = update_actor(actor, chosen, agent, *columns, args)
             for name, value in losses.items():
-                metrics[f"losses/{name}"] += value * share
+                metrics[name] += value * share
     return metrics
 
 
 # ------------------------------------------------------------------- evaluation
 
 
-def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
-    """An episode of each of this rank's evaluation items; random states stay as they were."""
+def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
+    """An episode of each of this rank's evaluation items, with randomness of its own."""
+    args = replace(args, num_generations=1)
+    generator = common.seeded(args, "evaluation", common.rank())
+    places = list(range(min(args.eval_num_samples, len(task.eval_dataset or []))))
     samples: list[Sample] = []
-    with common.fresh_randomness(args.seed + common.rank()):
-        for items in common.evaluation_batches(task, args):
-            samples += collect(actors, task, items, replace(args, num_generations=1))
+    for part in common.slices(len(places), args.eval_batch_size):
+        items = common.pick_items(task.eval_dataset, places[part])
+        samples += play(actors, [], task, items, generator, args)
     return samples
 
 
@@ -367,26 +468,26 @@ def evaluate(actors: list[Learner], task: Task, args: Args) -> list[Sample]:
 def train(args: Args, task: Task | None = None) -> Path:
     """Train a team on `task`, or on the one that args names; returns the run folder.
     Raises InputError where the arguments or the task cannot be used."""
-    common.check_args(args)
-    actor_names = common.model_names(args)
-    common.refuse_critics(args)
-    task = common.load_task(args, task)
-    set_seed(args.seed)
-
-    actors = common.load_learners("agent", AutoModelForCausalLM, actor_names, args)
+    task = common.setup(args, task)
+    names = args.agents or (args.agent_model,) * args.num_agents
+    causal, count = AutoModelForCausalLM, args.num_agents
+    actors = common.load_learners("agent", causal, names, count, args)
     critics = actors  # each agent's critic is its own model with a value head
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
         actor.optimizer = adam(actor, args.agent_learning_rate, args)
-    common.restore_heads(critics, args)
-    for _ in common.first_samples(task, actors, args):
-        pass  # it refuses what is too long to read
 
-    with common.Run(args, task, Path(__file__).stem, actors + critics) as run:
+    with common.Run(args, task, __file__, actors) as run:
         if run.evaluation_due():
             run.log_evaluation(evaluate(actors, task, args))
-        for samples in run.buffers(lambda items: collect(actors, task, items, args)):
-            run.log_update(samples, update(actors, critics, samples, args))
+        while run.items < run.total_items:
+            epoch, played = divmod(run.items, len(task.train_dataset))
+            shuffle = common.seeded(args, "epoch", epoch)  # the same on every rank
+            order = torch.randperm(len(task.train_dataset), generator=shuffle).tolist()
+            generator = common.seeded(args, "update", run.updates, common.rank())
+            samples = collect(actors, critics, task, order[played:], generator, args)
+            run.whole = False  # until it is logged: half an update is never saved
+            run.log_update(samples, update(actors, critics, samples, generator, args))
             if run.evaluation_due():
                 run.log_evaluation(evaluate(actors, task, args))
         run.save()
@@ -394,5 +495,4 @@ def train(args: Args, task: Task | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    with common.one_sentence_errors():
-        train(common.parse_args(Args))
+    common.main(Args, train)
