@@ -59,6 +59,14 @@ def require(condition: Any, sentence: str) -> None:
         raise InputError(sentence)
 
 
+def shown(value: Any) -> str:
+    """The beginning of a value's repr; one that is nested too deep has none."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # noqa: BLE001 - it is a user's object
+        return f"a {type(value).__name__}"
+
+
 @contextmanager
 def attempting(what: str) -> Iterator[None]:
     """Turn an exception inside into an InputError: `what`, why, and where in a user's file."""
@@ -175,21 +183,33 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
 
 def check_args(args: Any) -> None:
     """Raise InputError for a flag that cannot be used."""
-    may_be_zero = ("seed", "discount", "value_loss_coef", "entropy_coef", "max_grad_norm",
-                   "eval_interval", "save_interval", "log_samples")  # fmt: skip
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "early_termination_threshold":
-            least = "at least 0" if name in may_be_zero else "above 0"
-            good = 0 < value < math.inf or (value == 0 and name in may_be_zero)
-            require(good, f"{name} must be {least}, got {value}")
-            most = 1 if name in ("top_p", "discount") else math.inf
-            require(value <= most, f"{name} must be at most {most}, got {value}")
-    for name, words in {
-        "critic_type": "v or q",
-        "dtype": "float32 or bfloat16",
-    }.items():
+    above_0 = """num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
+        top_p temperature rollout_buffer_size train_batch_size micro_batch_size
+        value_head_hidden_dim critic_value_head_hidden_dim value_clip_range eval_num_samples
+        eval_batch_size logging_steps agent_learning_rate critic_learning_rate"""
+    at_least_0 = """seed discount value_loss_coef entropy_coef max_grad_norm eval_interval
+        save_interval log_samples"""
+    for names, limit in ((above_0, "above 0"), (at_least_0, "at least 0")):
+        for name in names.split():
+            value = getattr(args, name, None)
+            good = (
+                value is None
+                or 0 < value < math.inf
+                or (limit, value) == ("at least 0", 0)
+            )
+            require(good, f"{name} must be {limit}, got {value}")
+    for name, most in (("top_p", 1), ("discount", 1), ("seed", 2**31)):
         value = getattr(args, name)
-        require(value in words.split(" or "), f"{name} must be {words}, got {value!r}")
+        require(value <= most, f"{name} must be at most {most}, got {value}")
+    for name, words in (
+        ("critic_type", ("v", "q")),
+        ("dtype", ("float32", "bfloat16")),
+    ):
+        value = getattr(args, name)
+        require(value in words, f"{name} must be {' or '.join(words)}, got {value!r}")
+    threshold = args.early_termination_threshold
+    good = threshold is None or not math.isnan(threshold)
+    require(good, f"early_termination_threshold must be a number, got {threshold}")
     both = args.resume is not None and args.eval_only
     require(not both, "resume goes on with training, and eval_only trains nothing")
 
@@ -268,7 +288,7 @@ class Task:
         if isinstance(formatter, Sequence):
             formatter = formatter[agent]
         who = f"formatter of agent {agent}" if formatter else "without a formatter"
-        with attempting(f"task {self.name!r}, item {item!r:.200}: {who}"):
+        with attempting(f"task {self.name!r}, item {shown(item)}: {who}"):
             require(isinstance(item, dict), "an item must be a dict")
             item = copy.deepcopy(item)
             return checked_prompt(formatter(item) if formatter else item.get("prompt"))
@@ -281,7 +301,7 @@ class Task:
             rows = [getattr(sample, name) for sample in samples]
             options[name] = [list(column) for column in zip(*rows, strict=True)]
         texts = options.pop("completions")
-        with attempting(f"task {self.name!r}, item {item!r:.200}: reward_func"):
+        with attempting(f"task {self.name!r}, item {shown(item)}: reward_func"):
             parameters = inspect.signature(self.reward_func).parameters.values()
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
@@ -290,7 +310,7 @@ class Task:
             rewards = checked_numbers(rewards, len(samples))
         if self.reward_processor is None:
             return rewards
-        with attempting(f"task {self.name!r}, item {item!r:.200}: reward_processor"):
+        with attempting(f"task {self.name!r}, item {shown(item)}: reward_processor"):
             rewards = [self.reward_processor(reward) for reward in rewards]
             return checked_numbers(rewards, len(samples))
 
@@ -304,10 +324,10 @@ class Task:
             "prompt_history_per_agent": per_agent(s.prompts for s in turns),
             "response_history_per_agent": per_agent(s.completions for s in turns),
         }
-        with attempting(f"task {self.name!r}, item {item!r:.200}: external_transition"):
+        with attempting(f"task {self.name!r}, item {shown(item)}: external_transition"):
             prompts = self.external_transition(**copy.deepcopy(keywords))
             fits = isinstance(prompts, list | tuple) and len(prompts) == count
-            require(fits, f"expected {count} prompts, got {prompts!r:.100}")
+            require(fits, f"expected {count} prompts, got {shown(prompts)}")
             prompts = [checked_prompt(prompt) for prompt in prompts]
         if passthrough:
             return prompts
@@ -324,7 +344,7 @@ def checked_prompt(prompt: Any) -> Prompt:
     messages = prompt if isinstance(prompt, list) else []
     chat = [isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages]
     good = isinstance(prompt, str) or (chat and all(chat))
-    require(good, f"expected a prompt, text or chat messages, got {prompt!r:.100}")
+    require(good, f"expected a prompt, text or chat messages, got {shown(prompt)}")
     return copy.deepcopy(prompt)
 
 
@@ -333,7 +353,7 @@ def checked_numbers(values: Any, count: int) -> list[float]:
     numbers = np.asarray(values)
     good = numbers.shape == (count,) and numbers.dtype.kind in "biuf"
     good = good and bool(np.isfinite(numbers).all())
-    require(good, f"expected a list of {count} finite numbers, got {values!r:.100}")
+    require(good, f"expected a list of {count} finite numbers, got {shown(values)}")
     return numbers.astype(float).tolist()
 
 
@@ -398,10 +418,12 @@ def load_task(args: Any, task: Task | None) -> Task:
                 items += [json.loads(line)] if line.strip() else []
         kept = len(items) - math.ceil(len(items) / 10)
         task = replace(task, train_dataset=items[:kept], eval_dataset=items[kept:])
+    if task.eval_dataset is None:
+        task = replace(task, eval_dataset=[])
     many, turns = isinstance(task.formatters, Sequence), args.num_turns
     with attempting(f"task {task.name!r} cannot be used"):
         require(len(task.train_dataset) > 0, "its train_dataset is empty")
-        evaluates = task.eval_dataset is not None and len(task.eval_dataset) > 0
+        evaluates = len(task.eval_dataset) > 0
         require(evaluates or not args.eval_only, "it has no eval_dataset")
         fits = not many or len(task.formatters) == args.num_agents
         require(fits, f"it needs one formatter for all, or {args.num_agents}")
@@ -572,26 +594,28 @@ def encode(
     tokenizer, texts, openings = learner.tokenizer, [], []
     for prompt in prompts:
         chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
-        with attempting(f"{learner.name}'s chat template cannot read {prompt!r:.200}"):
+        with attempting(f"{learner.name}'s chat template cannot read {shown(prompt)}"):
             options = {"tokenize": False, "add_generation_prompt": True}
             template = tokenizer.apply_chat_template
             texts.append(template(prompt, **options) if chat else render(prompt))
         openings.append([] if chat else learner.opening)
-    rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    more = actions and tokenizer(actions, add_special_tokens=False).input_ids
+    with attempting(f"{learner.name}'s tokenizer cannot read one of {shown(texts)}"):
+        rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        more = actions and tokenizer(actions, add_special_tokens=False).input_ids
     config = learner.model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     for k, sample in enumerate(samples):
         begun = rows[k][: len(openings[k])] == openings[k]
-        rows[k] = ([] if begun else openings[k]) + rows[k] + (more[k] if more else [])
-        if not texts[k] or len(rows[k]) + room > limit:
-            why = f"{learner.name} is to read {len(rows[k])} tokens and to write {room}"
-            why += f": its model takes {limit}" if texts[k] else ": its prompt is empty"
-            require(sample.turn > 0, f"item {sample.item!r:.200}: {why}")
+        ids = ([] if begun else openings[k]) + rows[k] + (more[k] if more else [])
+        if not rows[k] or len(ids) + room > limit:
+            why = f"{learner.name} is to read {len(ids)} tokens and to write {room}: "
+            why += f"its model takes {limit}" if rows[k] else "its prompt is empty"
+            require(sample.turn > 0, f"item {shown(sample.item)}: {why}")
             if not learner.told:  # only of the first
-                place = f"before turn {sample.turn} of item {sample.item!r:.200}"
+                place = f"before turn {sample.turn} of item {shown(sample.item)}"
                 print(f"\nan episode ends {place}: {why}", file=sys.stderr)
-            rows[k], sample.history[-1].cut, learner.told = [], why, True
+            ids, sample.history[-1].cut, learner.told = [], why, True
+        rows[k] = ids
     return rows
 
 
@@ -804,10 +828,10 @@ class Logs:
         for name, value in line.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)
 
-    def samples(self, samples: list[Sample], step: int, phase: str) -> None:
-        """Write joint samples; of an evaluation, show TensorBoard three."""
+    def samples(self, samples: list[Sample], count: int, step: int, phase: str) -> None:
+        """Write the first `count` joint samples; show TensorBoard three of an evaluation."""
         keys = ("turn", "item", "prompts", "completions", "reward")
-        for sample in samples:
+        for sample in samples[:count]:
             line = {"step": step, "phase": phase}
             self.write("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
         if self.tensorboard and phase == "eval":
@@ -852,8 +876,9 @@ class Run:
         self.shown: list[Sample] = []
         self.stop = 0  # the signal that asked for it
         self.whole = True  # False within an update: half of one is never saved
-        flags = asdict(args) | {"resume": None, "script": Path(script).name}
-        flags |= {"ranks": ranks(), "train_items": len(task.train_dataset)}
+        flags = {"script": Path(script).name, "ranks": ranks(), **asdict(args)}
+        flags |= {"resume": None, "task_name": task.name}
+        flags |= {"train_items": len(task.train_dataset)}
         self.flags = json.loads(json.dumps(flags, default=str))  # as args.json has them
         same = all(self.flags == other for other in gather(self.flags))
         require(same, f"task {task.name!r} has other items in every process")
@@ -873,7 +898,7 @@ class Run:
         begins anew. Raises InputError where this run differs from that one."""
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
-            was = json.loads((self.folder / "args.json").read_text())
+            was = {**json.loads((self.folder / "args.json").read_text())}
         free = {flag.name for flag in fields(RunArgs)}
         for name, now in self.flags.items():
             same = name in free or was.get(name) == now
@@ -950,22 +975,28 @@ class Run:
         """Whether to evaluate now: at the start, every eval_interval items, at the end."""
         return self.due(self.evaluated, self.args.eval_interval)
 
-    def log_update(self, samples: list[Sample], losses: dict[str, float]) -> None:
-        """Count an update's samples, write a line every logging_steps items, save if due."""
-        samples = [sample for share in gather(samples) for sample in share]
+    def begin_update(self, samples: list[Sample]) -> None:
+        """Measure the samples of all ranks. From here until the update is logged, nothing is
+        saved: half an update never is."""
+        self.samples = [sample for share in gather(samples) for sample in share]
+        self.metrics = rollout_metrics(self.task, self.samples, "rollout", self.args)
+        self.whole = False
+
+    def log_update(self, losses: dict[str, float]) -> None:
+        """Count the update's samples, write a line every logging_steps items, save if due."""
+        samples, metrics = self.samples, self.metrics | losses
         items = sum(sample.done for sample in samples) // self.args.num_generations
         self.items += items
         self.updates += 1
-        self.whole = True
         rate = len(samples) / (time.perf_counter() - self.mark)
-        metrics = rollout_metrics(self.task, samples, "rollout", self.args) | losses
         for name, value in {**metrics, "time/samples_per_second": rate}.items():
             self.pending.setdefault(name, []).append(value)
         if self.due(self.logged, self.args.logging_steps):
             means = {name: float(np.mean(x)) for name, x in self.pending.items()}
             self.logs.metrics(means, self.items, self.updates)
             self.pending, self.logged = {}, self.items
-        self.logs.samples(samples[: self.args.log_samples], self.items, "train")
+        self.logs.samples(samples, self.args.log_samples, self.items, "train")
+        self.whole = True
         done = f"update {self.updates}, return {metrics['rollout/return']:.3f}"
         self.bar.set_postfix_str(f"{done}, {rate:.3g} samples/s", refresh=False)
         self.bar.update(items)
@@ -975,14 +1006,15 @@ class Run:
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
         samples = [sample for share in gather(samples) for sample in share]
-        self.evaluated, self.shown = self.items, samples[:3]
         if samples:
             metrics = rollout_metrics(self.task, samples, "eval", self.args)
+            self.whole = False
             self.logs.metrics(metrics, self.items, self.updates)
-            self.logs.samples(samples[: self.args.log_samples], self.items, "eval")
+            self.logs.samples(samples, self.args.log_samples, self.items, "eval")
             if rank() == 0:
                 done = f"return {metrics['eval/return']:.3f}"
                 self.bar.write(f"evaluation after {self.items} items: {done}")
+        self.evaluated, self.shown, self.whole = self.items, samples[:3], True
         self.pause(self.args.save_interval > 0 and self.items == self.total_items)
 
     def pause(self, due: bool) -> None:
@@ -1012,6 +1044,8 @@ class Run:
                     file.flush()
                     os.fsync(file.fileno())
                 aside.replace(self.checkpoint)
+            except RuntimeError as error:  # torch's zip writer hides what the disk said
+                raise error.__context__ or error from None
             finally:
                 aside.unlink(missing_ok=True)  # where the disk is full
 

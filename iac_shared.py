@@ -454,7 +454,7 @@ def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
     """An episode of each of this rank's evaluation items, with randomness of its own."""
     args = replace(args, num_generations=1)
     generator = common.seeded(args, "evaluation", common.rank())
-    places = list(range(min(args.eval_num_samples, len(task.eval_dataset or []))))
+    places = list(range(min(args.eval_num_samples, len(task.eval_dataset))))
     samples: list[Sample] = []
     for part in common.slices(len(places), args.eval_batch_size):
         items = common.pick_items(task.eval_dataset, places[part])
@@ -486,8 +486,8 @@ def train(args: Args, task: Task | None = None) -> Path:
             order = torch.randperm(len(task.train_dataset), generator=shuffle).tolist()
             generator = common.seeded(args, "update", run.updates, common.rank())
             samples = collect(actors, critics, task, order[played:], generator, args)
-            run.whole = False  # until it is logged: half an update is never saved
-            run.log_update(samples, update(actors, critics, samples, generator, args))
+            run.begin_update(samples)
+            run.log_update(update(actors, critics, samples, generator, args))
             if run.evaluation_due():
                 run.log_evaluation(evaluate(actors, task, args))
         run.save()

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # two processes with two threads each fight for cores
-)
+# two processes with two threads each fight for cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -34,6 +33,11 @@ import common
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the tests' marker."""
+    config.addinivalue_line("markers", "slow: README's short command leaves it out")
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request: pytest.FixtureRequest) -> ModuleType:
     """Each of the three scripts in turn."""
@@ -42,8 +46,7 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def smollm2() -> Iterator[str]:
-    """The folder of SmolLM2-135M-Instruct; skips where it was not made. One test at a time has
-    it, whatever the workers: two could need more than 20 GB."""
+    """The folder of SmolLM2-135M-Instruct, for one test at a time: two could need 20 GB."""
     folder = os.environ.get("SMOLLM2", str(ROOT / ".cache" / "smollm2"))
     if not (Path(folder) / "model.safetensors").is_file():
         pytest.skip(f"no model in {folder}: python tests/smollm2.py {folder}")
@@ -54,7 +57,7 @@ def smollm2() -> Iterator[str]:
 
 @pytest.fixture
 def comlrl() -> str:
-    """The folder of an environment with the reference; skips where it was not made."""
+    """The folder of an environment with the reference."""
     folder = os.environ.get("COMLRL", str(ROOT / ".cache" / "comlrl"))
     if not (Path(folder) / "bin" / "python").is_file():
         pytest.skip(f"no CoMLRL in {folder}: tests/benchmarks/speed.py installs it")
@@ -63,14 +66,8 @@ def comlrl() -> str:
 
 def tiny_args(module: ModuleType, folder: Path, **changes: Any) -> Any:
     """Arguments of a run of a few updates in `folder`."""
-    small = {
-        "num_train_epochs": 1,
-        "rollout_buffer_size": 8,
-        "eval_num_samples": 4,
-        "logging_steps": 8,
-        "output_dir": str(folder),
-        "device": "cpu",
-    }
+    small = {"num_train_epochs": 1, "rollout_buffer_size": 8, "eval_num_samples": 4}
+    small |= {"logging_steps": 8, "output_dir": str(folder), "device": "cpu"}
     return module.Args(**{**small, **changes})
 
 
@@ -83,20 +80,30 @@ def small_task(items: int = 16, **changes: Any) -> common.Task:
 
 def micro_config(family: str, vocabulary: int) -> Any:
     """A model of a few thousand parameters: pad 0, end of sequence 1."""
-    shared = {"vocab_size": vocabulary, "bos_token_id": None, "pad_token_id": 0}
+    shared = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
+    shared["vocab_size"] = vocabulary
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(**shared, **sizes, **drops, eos_token_id=1)
-    return LlamaConfig(
-        **shared,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        eos_token_id=1,
-    )
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(**shared, **sizes)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+    return LlamaConfig(**shared, **sizes)
+
+
+def save_model(
+    folder: Path, family: str = "llama", generation: dict | None = None, **config: Any
+) -> str:
+    """A checkpoint of a random model with the built-in tokenizer: its folder."""
+    tokenizer = common.tiny_tokenizer()
+    settings = micro_config(family, len(tokenizer))
+    for key, value in config.items():
+        setattr(settings, key, value)
+    model = AutoModelForCausalLM.from_config(settings)
+    model.generation_config = GenerationConfig(**(generation or {"eos_token_id": 1}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 class Recorder(torch.optim.SGD):
@@ -107,37 +114,30 @@ class Recorder(torch.optim.SGD):
         self.gradients: list[list[torch.Tensor | None]] = []
 
     def step(self) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self.gradients.append(
-            [None if p.grad is None else p.grad.clone() for p in parameters]
-        )
+        every = [p.grad for group in self.param_groups for p in group["params"]]
+        self.gradients.append([None if g is None else g.clone() for g in every])
 
 
 def micro_learner(
-    module: ModuleType,
-    family: str = "llama",
-    vocabulary: int = 5,
-    seed: int = 0,
+    module: ModuleType, family: str = "llama", vocabulary: int = 5, seed: int = 0,
     head: bool = False,
-) -> common.Learner:
-    """A micro-model with sharp random weights, a Recorder, and a random value head if asked."""
+) -> common.Learner:  # fmt: skip
+    """A float64 micro-model with sharp random weights, a Recorder, and a random float32 value
+    head if asked. What the scripts make of it, scores and values, is float32."""
     torch.manual_seed(seed)
     headless = head and module.__name__ != "iac_shared"
     auto_class = AutoModel if headless else AutoModelForCausalLM
-    model = auto_class.from_config(micro_config(family, vocabulary))
+    model = auto_class.from_config(micro_config(family, vocabulary)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    model.generation_config = GenerationConfig(eos_token_id=[1], pad_token_id=0)
-    learner = common.Learner(
-        f"agent_{seed}", "micro", model, SimpleNamespace(pad_token_id=0)
-    )
-    parameters = list(model.parameters())
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    learner = common.Learner(f"agent_{seed}", "micro", model, tokenizer)
+    learner.end_ids = [1]
     if head or module.__name__ == "iac_shared":
         learner.value_head = module.value_head(learner, None)
         torch.nn.init.normal_(learner.value_head[0].weight)
-        parameters += learner.value_head.parameters()
-    learner.optimizer = Recorder(parameters)
+    learner.optimizer = Recorder(learner.parameters())
     return learner
 
 
@@ -147,46 +147,33 @@ def sample(
     """A last-turn sample from token ids, one list per agent each."""
     texts = ["".join(map(chr, ids)) for ids in completions]
     ended = [ids[-1:] == [1] for ids in completions]
-    columns = {
-        "prompt_ids": prompts,
-        "completion_ids": completions,
-        "completions": texts,
-    }
-    fields = {"episode": 0, "turn": 0, "done": True, "ended": ended, **columns, **more}
-    return common.Sample(item={}, prompts=[""] * len(prompts), reward=reward, **fields)
+    fields = {"prompt_ids": prompts, "completion_ids": completions, "ended": ended}
+    fields |= {"completions": texts, "episode": 0, "turn": 0, "done": True, **more}
+    return common.Sample({}, prompts=[""] * len(prompts), reward=reward, **fields)
 
 
 def update_actor(
-    module: ModuleType,
-    actor: common.Learner,
-    samples: list,
-    agent: int,
-    weights: torch.Tensor,
-    args: Any,
-) -> dict[str, float]:
+    module: ModuleType, actor: common.Learner, samples: list, agent: int,
+    weights: torch.Tensor, args: Any,
+) -> dict[str, float]:  # fmt: skip
     """The shipped update_actor, with the critic's part of iac_shared.py switched off."""
-    if module.__name__ == "iac_shared":
-        args = replace(args, value_loss_coef=0.0)
-        weights = torch.stack(
-            [weights, torch.zeros_like(weights), torch.zeros_like(weights)]
-        )
-    return module.update_actor(actor, samples, agent, weights, args)
+    if module.__name__ != "iac_shared":
+        return module.update_actor(actor, samples, agent, weights, args)
+    args, zeros = replace(args, value_loss_coef=0.0), torch.zeros_like(weights)
+    return module.update_actor(actor, samples, agent, weights, zeros, zeros, args)
 
 
 def logprobs_of(
-    module: ModuleType,
-    actor: common.Learner,
-    prompts: list,
-    completions: list,
-    args: Any,
-) -> torch.Tensor:
+    module: ModuleType, actor: common.Learner, prompts: list, completions: list, args: Any
+) -> torch.Tensor:  # fmt: skip
     """The shipped log π(a|h), without gradient."""
     with torch.no_grad():
         return module.sequence_logprobs(actor, prompts, completions, args)[0]
 
 
 def assert_same_gradients(one: list, other: list) -> None:
-    """Two lists of gradients differ by less than 1e-5 of their norm."""
+    """Two lists of gradients differ by less than 1e-5 of their norm: float32 scores are off by
+    6e-8 of themselves, and a few hundred such errors would have to add up."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None]
     difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
     norm = torch.stack([a.norm() for a, _ in pairs]).norm()

@@ -1,205 +1,187 @@
-"""What people look at: curves.png, samples side by side, the loggers' tables, the diagnostics."""
+"""What people look at: curves.png, dialogues, TensorBoard, W&B, and the numbers in them."""
 
-import importlib.util
+import importlib
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import sample, small_task, tiny_args
+from conftest import SCRIPTS, sample, small_task, tiny_args
 
 import common
+import maac
+
+AGENTS, CRITICS = ["agent_0", "agent_1"], ["critic_0", "critic_1"]
 
 
-def needs(package):
-    found = importlib.util.find_spec(package) is not None
-    return pytest.mark.skipif(not found, reason=f"pip install {package}")
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
-@pytest.fixture
-def figure(monkeypatch):
-    """The last figure that was saved."""
-    from matplotlib.figure import Figure
-
-    saved = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *a, **k: saved.append(self) or save(self, *a, **k),
-    )
-    return lambda: saved[-1]
+@pytest.fixture(scope="module", params=SCRIPTS)
+def run(request, tmp_path_factory):
+    """A run of each script: its folder, and the points of each of its metrics."""
+    module, points = importlib.import_module(request.param), {}
+    args = tiny_args(module, tmp_path_factory.mktemp("runs"), num_train_epochs=2)
+    folder = module.train(args, small_task())
+    for line in read(folder):
+        for key, value in line.items():
+            points.setdefault(key, []).append([line["step"], value])
+    return folder, points
 
 
-@needs("matplotlib")
-def test_every_run_ends_with_curves(script, tmp_path, figure, capsys):
-    """Six panels, each with the metrics that its title promises, every point of the file."""
-    folder = script.train(tiny_args(script, tmp_path, num_train_epochs=2), small_task())
+def test_curves(run, monkeypatch):
+    """Panels with the metrics that their titles promise; a team's are means over its members."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    (folder, points), saved = run, []
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert f"curves: {folder / 'curves.png'}" in capsys.readouterr().out
-    panels = {axes.get_title(): axes for axes in figure().axes}
-    assert list(panels) == list(common.PANELS)
-    labels = {
-        title: {line.get_label() for line in axes.lines}
-        for title, axes in panels.items()
-    }
-    critics = {"maac": ["critic_0"], "iac_separate": ["critic_0", "critic_1"]}
-    critics = critics.get(script.__name__, ["agent_0", "agent_1"])
-    assert labels["return of an episode"] == {"rollout/return", "eval/return"}
-    assert labels["losses"] == {"losses/policy_loss", "losses/value_loss"}
-    explained = {f"critic/explained_variance/{name}" for name in critics}
-    assert labels["explained variance of the returns"] == explained
-    lengths = {f"rollout/completion_tokens/agent_{k}" for k in (0, 1)}
-    assert labels["completion length (tokens)"] == lengths
-    assert labels["shares of the training time"] == {
-        f"time/{phase}_share" for phase in ("generation", "values", "update", "rest")
-    }
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    reward = [x["rollout/return"] for x in lines if "rollout/return" in x]
-    drawn = {line.get_label(): line for line in panels["return of an episode"].lines}
-    assert list(drawn["rollout/return"].get_ydata()) == reward
-
-
-def test_without_matplotlib_a_run_says_what_to_install(tmp_path, monkeypatch, capsys):
-    import maac
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: None if n == "matplotlib" else find(n)
-    )
-    folder = maac.train(tiny_args(maac, tmp_path), small_task())
-    assert (
-        "curves.png needs matplotlib: pip install matplotlib" in capsys.readouterr().out
-    )
-    assert not (folder / "curves.png").exists()
-
-
-def test_a_sample_is_shown_side_by_side(monkeypatch):
-    """A column an agent: its name, its prompt, its completion, wrapped to the width."""
-    monkeypatch.setenv("COLUMNS", "40")
-    one = sample([[2], [2]], [[3], [3]], 0.5)
-    one.prompts = ["target 7\n", [{"role": "user", "content": "aa bb cc dd ee ff"}]]
-    one.completions = ["3", "x\ny"]
-    assert common.side_by_side(one).split("\n") == [
-        "agent 0           | agent 1",
-        "target 7          | aa bb cc dd ee ff",
-        "-> 3              | -> x",
-        "                  | y",
-        "reward 0.500",
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: saved.append(self))
+    common.draw_curves(folder)
+    names = {"maac": CRITICS[:1], "iac_shared": AGENTS}
+    critics = names.get(folder.name.split("__")[0], CRITICS)
+    norms = ["losses/actor_grad_norm", "losses/critic_grad_norm"]
+    panels = [
+        ["eval/return", "rollout/return"],
+        ["losses/policy_loss", "losses/value_loss"],
+        [f"critic/explained_variance/{name}" for name in critics],
+        [f"rollout/completion_tokens/{name}" for name in AGENTS],
+        [f"losses/entropy/{name}" for name in AGENTS],
+        norms[:1] if critics == AGENTS else norms,
     ]
+    for axes, keys in zip(saved[0].axes, panels, strict=True):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        assert drawn == {key: points[key] for key in keys}
+    for keys in panels[2:5]:
+        mean = np.mean([points[key] for key in keys], axis=0)
+        assert points[keys[0].rsplit("/", 1)[0]] == pytest.approx(mean, rel=1e-12)
 
 
-def test_a_run_prints_three_samples(script, tmp_path, capsys):
-    script.train(tiny_args(script, tmp_path), small_task())
-    out = capsys.readouterr().out
-    assert out.count("\nagent 0") == out.count("\nreward 0.") == 3
-    prompts = [item["prompt"].strip() for item in small_task().eval_dataset[:3]]
-    assert all(out.count(prompt) == 2 for prompt in prompts)
-
-
-class FakeRun:
-    """What wandb.init returns, with all it was told."""
-
-    def __init__(self, **options):
-        self.options, self.logged, self.finished = options, [], None
-
-    def log(self, values, step):
-        self.logged.append((step, values))
-
-    def finish(self, exit_code):
-        self.finished = exit_code
-
-
-def test_weights_and_biases_gets_the_metrics_and_the_samples(tmp_path, monkeypatch):
-    import maac
-
-    runs = []
-    fake = ModuleType("wandb")
-    fake.__spec__ = SimpleNamespace(name="wandb")
-    fake.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
-    fake.Table = lambda columns, data: {"columns": columns, "data": data}
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = '{"project": "teams"}'
-    folder = maac.train(tiny_args(maac, tmp_path, wandb_config=config), small_task())
-    (run,) = runs
-    assert run.options["project"] == "teams" and run.options["name"] == folder.name
-    assert run.options["config"]["num_agents"] == 2 and run.finished == 0
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert [v for _, v in run.logged if "eval/samples" not in v] == lines
-    tables = [
-        (step, v["eval/samples"]) for step, v in run.logged if "eval/samples" in v
-    ]
-    assert [step for step, _ in tables] == [0, 16]
-    written = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    last = [s for s in written if s["phase"] == "eval" and s["step"] == 16]
-    assert tables[1][1]["columns"] == ["agent 0", "agent 1", "reward"]
-    assert len(tables[1][1]["data"]) == 3
-    for row, one in zip(tables[1][1]["data"], last, strict=False):
-        pairs = zip(one["prompts"], one["completions"], strict=True)
-        assert row == [*(f"{p.strip()}\n-> {c}" for p, c in pairs), one["reward"]]
-
-
-@needs("tensorboard")
-def test_tensorboard_gets_the_samples_as_text(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    import maac
-
-    folder = maac.train(tiny_args(maac, tmp_path), small_task())
-    events = EventAccumulator(str(folder))
+def test_tensorboard(run):
+    """Scalars in float32, which rounds to 2^-24 of a number; an evaluation's samples as text."""
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    events = pytest.importorskip(module).EventAccumulator(str(run[0]))
     events.Reload()
+    for key, points in run[1].items():
+        shown = [[event.step, event.value] for event in events.Scalars(key)]
+        assert np.allclose(shown, points, rtol=1e-6, atol=0)
     texts = events.Tensors("eval/samples/text_summary")
-    assert [event.step for event in texts] == [0, 16]
-    text = texts[1].tensor_proto.string_val[0].decode()
-    assert text.count("agent 0") == 3
-    assert all(line[:4] == "    " for line in text.splitlines())  # as it stands
+    assert [event.step for event in texts] == [0, 32]
+    lines = texts[1].tensor_proto.string_val[0].decode().splitlines()
+    assert lines.count("    agent 0 reads:") == 3
+    assert all(line[:4] == "    " for line in lines)  # as it stands
 
 
-def test_diagnostics_by_hand():
+def test_dialogues_without_matplotlib_and_tensorboard(tmp_path, monkeypatch, capsys):
+    """A dialogue by hand; a run ends with three, of the first items for evaluation."""
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "y."}]
+    chat = [{"role": "system", "content": "Be."}, {"role": "user", "content": parts}]
+    one = sample([[2], [2]], [[3], [3]], 0.5)
+    one.prompts, one.completions = ["target 7\n", chat], ["3", "y\nz"]
+    first = "agent 0 reads:\ntarget 7\nagent 0 writes:\n3\nagent 1 reads:\nBe."
+    assert (
+        common.dialogue(one) == f"{first}\nSay y.\nagent 1 writes:\ny\nz\nreward 0.500"
+    )
+    for name in ("matplotlib.figure", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = maac.train(tiny_args(maac, tmp_path), small_task())
+    out = capsys.readouterr().out
+    assert out.count("\nagent 1 writes:\n") == out.count("\nreward ") == 3
+    for item in small_task().eval_dataset[:3]:
+        assert out.count(f"reads:\n{item['prompt']}agent") == 2
+    assert "curves.png needs matplotlib: pip install matplotlib" in out
+    assert not [*folder.glob("curves.png"), *folder.glob("events*")]
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_metrics(tmp_path, monkeypatch):
+    """The real package, offline; what it wrote is read back."""
+    wandb = pytest.importorskip("wandb")
+    record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record()
+    settings = {"MODE": "offline", "DIR": tmp_path, "SILENT": "true", "CONSOLE": "off"}
+    for key, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{key}", str(value))
+    config = '{"project": "teams", "name": "mine"}'
+    folder = maac.train(tiny_args(maac, tmp_path, wandb_config=config), small_task())
+    wandb.teardown()  # its process has written all when it ends
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data, at, rows, expected = path.read_bytes(), 7, {}, {}
+    assert len(data) < 2**15  # one block of LevelDB's log format: no record is cut
+    while at < len(data):
+        end = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little")
+        record.ParseFromString(data[at + 7 : end])
+        at, run = end, record.run
+        if record.HasField("run"):
+            names = run.project, run.display_name, run.run_id
+            flags = {x.key: json.loads(x.value_json) for x in run.config.update}
+        row = {x.key or x.nested_key[0]: x.value_json for x in record.history.item}
+        rows |= {int(row["global_step"]): row} if row else {}
+    assert names == ("teams", "mine", folder.name)
+    assert json.loads((folder / "args.json").read_text()).items() <= flags.items()
+    for line in read(folder):
+        expected.setdefault(line["step"], {}).update(line)
+    assert rows.keys() == expected.keys()
+    for step, line in expected.items():
+        found = {key: float(rows[step][key]) for key in line}
+        assert found == pytest.approx(line, rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize("why", ["keyword argument 'projct'", "import of wandb halted"])
+def test_a_wandb_config_that_cannot_be_used(why, tmp_path, monkeypatch, capsys):
+    """An unknown keyword, or no package: one sentence before the first episode."""
+    if "halted" in why:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(maac, "play", lambda *_: 1 / 0)
+    words = ["--wandb-config", '{"projct": "teams"}', "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["maac.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        common.main(maac.Args, maac.train)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: wandb_config ") and why in error
+
+
+def test_critic_metrics_by_hand():
     """Two episodes, γ = 0.5: returns (1 + 0.5·2, 2), (0); values (1, 2, 0).
 
     G = (2, 2, 0), mean 4/3, variance 8/9; G − V = (1, 0, 0), mean 1/3, variance 2/9: 3/4 of the
     variance is explained. y = (1 + 0.5·2, 2, 0), y − V = (1, 0, 0), standard deviation √2/3.
     """
-    samples = [
-        sample([[2]], [[3]], 1.0, episode=0, done=False),
-        sample([[2]], [[3]], 2.0, episode=0, turn=1),
-        sample([[2]], [[3]], 0.0, episode=1),
-    ]
-    critic = SimpleNamespace(name="critic_0")
-    args = SimpleNamespace(discount=0.5, critic_type="v")
+    turns = [(1.0, False), (2.0, True), (0.0, True)]
+    samples = [sample([[2]], [[3]], reward, done=done) for reward, done in turns]
     values, targets = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([2.0, 2.0, 0.0])
-    found = common.diagnostics(critic, samples, values, targets, args)
-    assert found == pytest.approx(
-        {
-            "critic/explained_variance/critic_0": 3 / 4,
-            "critic/value_mean/critic_0": 1.0,
-            "critic/advantage_std/critic_0": 2**0.5 / 3,
-        }
-    )
-    args.critic_type = "q"  # there the weights are the values: variance 2/3
-    found = common.diagnostics(critic, samples, values, targets, args)
-    assert found["critic/advantage_std/critic_0"] == pytest.approx((2 / 3) ** 0.5)
+    critic, args = SimpleNamespace(name="x"), maac.Args(discount=0.5)
+    found = common.critic_metrics(critic, samples, values, targets, args)
+    expected = {
+        "explained_variance": 3 / 4,
+        "value_mean": 1,
+        "advantage_std": 2**0.5 / 3,
+    }
+    assert found == pytest.approx({f"critic/{k}/x": v for k, v in expected.items()})
     for one in samples:
         one.reward = 0.0  # nothing to explain, and no division by zero
-    found = common.diagnostics(critic, samples, values, targets, args)
-    assert "critic/explained_variance/critic_0" not in found
+    args.critic_type = "q"  # the deviation is that of the values themselves
+    found = common.critic_metrics(critic, samples, values, targets, args)
+    expected = {"critic/value_mean/x": 1, "critic/advantage_std/x": (2 / 3) ** 0.5}
+    assert found == pytest.approx(expected)
 
 
-def test_every_diagnostic_is_in_every_script_s_metrics(script, tmp_path):
-    """Per agent or critic, and their mean; advantages before whitening, so not of deviation 1."""
-    folder = script.train(tiny_args(script, tmp_path), small_task())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    train = next(line for line in lines if "rollout/reward" in line)
-    agents = ["agent_0", "agent_1"]
-    critics = {"maac": ["critic_0"], "iac_separate": ["critic_0", "critic_1"]}
-    critics = critics.get(script.__name__, agents)
-    for name in ("value_mean", "advantage_std"):
-        values = [train[f"critic/{name}/{critic}"] for critic in critics]
-        assert train[f"critic/{name}"] == pytest.approx(sum(values) / len(values))
-    per_agent = ("losses/entropy", "losses/actor_grad_norm", "rollout/ended")
-    for name in (*per_agent, "rollout/completion_tokens"):
-        values = [train[f"{name}/{agent}"] for agent in agents]
-        assert train[name] == pytest.approx(sum(values) / len(values))
-    assert train["critic/advantage_std"] < 0.9
+def test_rollout_metrics_by_hand():
+    """An episode of two turns, paid 1 and 2, and one of a single turn, paid 5, that was cut."""
+    samples = [
+        sample([[2], [2]], [[3, 1], [3]], 1.0, done=False),
+        sample([[2], [2]], [[1], [3, 3]], 2.0, turn=1),
+        sample([[2], [2]], [[3, 3, 1], [1]], 5.0, cut="too long"),
+    ]
+    task = small_task(metrics_callback=lambda x: {"mine": len(x), "odd": float("nan")})
+    expected = {
+        "reward": 8 / 3, "final_reward": 7 / 2, "return": 8 / 2, "turns": 3 / 2, "mine": 3,
+        "turn_0/reward": 6 / 2, "turn_1/reward": 2, "unreadable": 1 / 2,
+        "completion_tokens/agent_0": 6 / 3, "completion_tokens/agent_1": 4 / 3,
+        "ended/agent_0": 1, "ended/agent_1": 1 / 3,
+    }  # fmt: skip
+    found = common.rollout_metrics(task, samples, "eval", maac.Args(num_turns=2))
+    assert found == pytest.approx({f"eval/{k}": v for k, v in expected.items()})

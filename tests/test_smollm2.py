@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import tiny_args
 from tasks import length_ratio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import maac
 
 REAL = {
     "save_interval": 0,  # a checkpoint is gigabytes
@@ -22,17 +24,31 @@ REAL = {
 }
 
 
-def short_length_ratio(args):
-    task = length_ratio.make_task(args)
-    return replace(
-        task, train_dataset=task.train_dataset[:8], eval_dataset=task.eval_dataset[:2]
-    )
+def load(script, folder, args):
+    """An actor of the real model, with a value head, which iac_shared.py's has."""
+    (actor,) = common.load_learners("agent", AutoModelForCausalLM, [folder], 1, args)
+    actor.value_head = script.value_head(actor, None)
+    return actor
 
 
+def chats(actor, *topics):
+    """The token ids of requests for stories."""
+    texts = [f"Write a story about {topic}." for topic in topics]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    samples = [common.Sample({}, 0, 0, [])] * len(topics)
+    return common.encode(actor, samples, prompts)
+
+
+@pytest.mark.slow
 def test_training_moves_a_real_model(script, smollm2, tmp_path):
     critics = {} if script.__name__ == "iac_shared" else {"critic_model": "tiny"}
     args = tiny_args(script, tmp_path, agent_model=smollm2, **{**REAL, **critics})
-    folder = script.train(args, short_length_ratio(args))
+    task = length_ratio.make_task(args)
+    few = {
+        "train_dataset": task.train_dataset[:8],
+        "eval_dataset": task.eval_dataset[:2],
+    }
+    folder = script.train(args, replace(task, **few))
     before = AutoModelForCausalLM.from_pretrained(smollm2)
     after = AutoModelForCausalLM.from_pretrained(folder / "agent_0")
     pairs = list(zip(before.parameters(), after.parameters(), strict=True))
@@ -44,81 +60,61 @@ def test_training_moves_a_real_model(script, smollm2, tmp_path):
 
 
 def test_log_probabilities_are_those_of_generate(script, smollm2):
-    """Of the library's own sampling, token by token: the second method, on a real model."""
-    args = script.Args(temperature=0.7, top_k=50, top_p=0.9, device="cpu")
-    actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], args)[0]
-    actor.value_head = script.value_head(actor, None)
-    chat = [{"role": "user", "content": "Write a story about a lost dog."}]
-    prompt = common.encode(actor, [chat])[0]
-    text = actor.tokenizer.decode(prompt)
-    assert (
-        text.endswith("<|im_start|>assistant\n") and text.count("<|im_start|>user") == 1
+    """Of the library's own sampling, token by token: the second method, on a real model. Both
+    are sums of a dozen log-probabilities in float32, whose logits of up to 32 have roundings of
+    2^-20 and what 30 layers add: far below 1e-3."""
+    sampling = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    args = script.Args(**sampling, device="cpu")
+    actor = load(script, smollm2, args)
+    prompt, long = chats(
+        actor, "a lost dog", "a very long night in a far away land " * 3
     )
+    text = actor.tokenizer.decode(prompt)
+    assert text.endswith("dog.<|im_end|>\n<|im_start|>assistant\n")
+    options = {
+        "do_sample": True,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     torch.manual_seed(0)
     output = actor.model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=12,
-        do_sample=True,
-        temperature=0.7,
-        top_k=50,
-        top_p=0.9,
-        output_scores=True,
-        return_dict_in_generate=True,
+        torch.tensor([prompt]), max_new_tokens=12, **options, **sampling
     )
     completion = output.sequences[0, len(prompt) :].tolist()
-    theirs = sum(
-        scores[0].log_softmax(-1)[token].item()
-        for scores, token in zip(output.scores, completion, strict=True)
-    )
-    long = common.encode(actor, ["Once upon a time there was " * 9])[0]
+    steps = zip(output.scores, completion, strict=True)
+    theirs = sum(scores[0].log_softmax(-1)[token].item() for scores, token in steps)
+    texts = [long, prompt], [[5], completion]
     with torch.no_grad():
-        ours = script.sequence_logprobs(actor, [long, prompt], [[5], completion], args)[
-            0
-        ][1]
+        ours = script.sequence_logprobs(actor, *texts, args)[0][1]
     assert abs(ours.item() - theirs) < 1e-3
 
 
+@torch.no_grad()
 def test_bfloat16_keeps_log_probabilities(script, smollm2):
-    """Token by token, those of sampled text under autocast against float32's.
+    """Those of sampled completions under autocast against float32's.
 
-    A logit between 16 and 32 is rounded to a multiple of 1/8, so a token in a hundred is off by
-    a little more than 0.1 nat.
+    bfloat16 has 8 bits: a logit between 16 and 32 is rounded to a multiple of 1/8, so by 1/16 at
+    most; the layers below round as coarsely. Where the errors of a token's logit and of its
+    normalizer add up they make 1/8 nat. They have either sign: over a completion of 32 tokens
+    they come to some tenths of a nat, of the 32/8 that are allowed here.
     """
     args = script.Args(device="cpu", max_new_tokens=32, entropy_coef=0.0)
-    actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], args)[0]
-    actor.value_head = script.value_head(actor, None)
-    chats = [
-        [{"role": "user", "content": f"Write a story about {topic}."}]
-        for topic in ("a lost dog", "the first snow", "a paper boat")
-    ]
-    prompts = common.encode(actor, chats)
-    torch.manual_seed(0)
-    completions = script.generate(actor, prompts, args)
-    inputs, width = script.pad_batch(actor, prompts, completions)
-    tokens = inputs["input_ids"][:, width:]
-    mask = inputs["attention_mask"][:, width:].bool()
-    assert mask.sum() > 30
-
-    def logprobs(dtype):
-        with torch.no_grad(), common.autocast(actor, replace(args, dtype=dtype)):
-            logits = actor.model(**inputs, use_cache=False).logits[:, width - 1 : -1]
-            return script.token_logprobs(logits, tokens, args)[0][mask]
-
-    exact, half = map(logprobs, ("float32", "bfloat16"))
-    off = (exact - half).abs()
-    assert 0 < off.mean() < 0.03 and off.max() < 0.2
-    assert (off < 0.1).float().mean() > 0.97
-    assert (
-        script.warp(torch.zeros(1, 4, dtype=torch.bfloat16), args).dtype
-        == torch.float32
-    )
+    actor = load(script, smollm2, args)
+    prompts = chats(actor, "a lost dog", "the first snow", "a paper boat")
+    generator = torch.Generator().manual_seed(0)
+    completions = script.generate(actor, prompts, generator, args)
+    assert sum(map(len, completions)) > 30
+    for prompt, completion in zip(prompts, completions, strict=True):
+        texts, found = ([prompt], [completion]), []
+        for dtype in ("float32", "bfloat16"):
+            typed = replace(args, dtype=dtype)
+            found += script.sequence_logprobs(actor, *texts, typed)[0].tolist()
+        assert 0 < abs(found[0] - found[1]) < len(completion) / 8
+    scores = script.warp(actor, torch.zeros(1, 50_000, dtype=torch.bfloat16), args)
+    assert scores.dtype == torch.float32
 
 
 def test_the_chat_models_end_tokens(smollm2):
-    import maac
-
-    actor = common.load_learners("agent", AutoModelForCausalLM, [smollm2], maac.Args())[
-        0
-    ]
+    actor = load(maac, smollm2, maac.Args(device="cpu"))
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in actor.end_ids

@@ -1,4 +1,4 @@
-"""The shape of the project: what the scripts share to the byte, and that every flag is read."""
+"""The shape of the project: sizes, what the scripts share to the byte, that every flag is read."""
 
 import ast
 import importlib
@@ -12,158 +12,165 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT, SCRIPTS
 
+COMMON_LINES = 1060
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
-ALLOWED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
+TREES = {name: ast.parse(text) for name, text in FILES.items()}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
-SHARED = [
-    "pad_batch",
-    "value_head",
-    "adam",
-    "warp",
-    "generate",
-    "collect",
-    "critic_values",
-    "estimate_values",
-    "td_targets",
-    "advantages",
-    "evaluate",
-]
+IMPORTED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
+WHERE_USED = {"wandb", "tensorboard", "matplotlib", "datasets", "peft"}
+SHARED = """pad_batch distinct value_head adam warp draw_tokens generate act play collect
+critic_values estimate_values td_targets advantages minibatches step evaluate"""
+BOTH_WITH_CRITIC_MODELS = "sequence_logprobs update_critic update_actor"
 
 
-def functions(name):
-    return [
-        node.name
-        for node in ast.parse(FILES[name]).body
-        if isinstance(node, ast.FunctionDef)
-    ]
+def functions(tree):
+    """Every function and method under a node."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_shared_blocks_are_the_same_to_the_byte(pair):
-    one, other = map(importlib.import_module, pair)
-    for block in SHARED:
-        assert inspect.getsource(getattr(one, block)) == inspect.getsource(
-            getattr(other, block)
-        )
+def lines(node):
+    return node.end_lineno - node.lineno + 1
 
 
-def test_maac_and_iac_separate_share_the_updates():
-    import iac_separate
-    import maac
-
-    for block in ("sequence_logprobs", "update_critic", "update_actor"):
-        assert inspect.getsource(getattr(maac, block)) == inspect.getsource(
-            getattr(iac_separate, block)
-        )
+# Sizes
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_blocks_and_banners_stand_in_the_same_order(pair):
-    orders = [functions(name) for name in pair]
-    both = [
-        [f for f in order if f in set(orders[0]) & set(orders[1])] for order in orders
-    ]
-    assert both[0] == both[1]
-    banners = [re.findall(r"^# -+ (.+)$", FILES[name], re.MULTILINE) for name in pair]
-    assert banners[0] == banners[1] and len(banners[0]) >= 7
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short(name):
+    size = len(FILES[name].splitlines())
+    assert size <= 480
+    sizes = {function.name: lines(function) for function in functions(TREES[name])}
+    assert sizes["train"] <= 80 and max(sizes.values()) <= 60, sizes
+
+
+def test_common_is_short():
+    size = len(FILES["common"].splitlines())
+    assert size <= COMMON_LINES
+    sizes = {function.name: lines(function) for function in functions(TREES["common"])}
+    assert max(sizes.values()) <= 40, sizes
+    classes = [node for node in TREES["common"].body if isinstance(node, ast.ClassDef)]
+    sizes = {node.name: lines(node) for node in classes}
+    assert sizes.pop("Run") <= 270 and max(sizes.values()) <= 200
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_needs_few_helpers(name):
+    """The names of common, of its run and of its learners apart, that it uses."""
+    used = set(re.findall(r"\bcommon\.(\w+)", FILES[name]))
+    for node in TREES[name].body:
+        if isinstance(node, ast.ImportFrom) and node.module == "common":
+            used |= {alias.name for alias in node.names}
+    assert len(used) <= 20, used
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_the_difference_of_two_scripts_can_be_read(pair):
     command = ["diff", *(str(ROOT / f"{name}.py") for name in pair)]
-    lines = subprocess.run(
-        command, check=False, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert sum(line[:1] in "<>" for line in lines if line) <= 120
+    shown = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    assert 0 < len(re.findall("^[<>]", shown, re.MULTILINE)) <= 130
+
+
+# What is shared
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_shared_blocks_are_the_same_to_the_byte(pair):
+    one, other = map(importlib.import_module, pair)
+    blocks = SHARED if "iac_shared" in pair else f"{SHARED} {BOTH_WITH_CRITIC_MODELS}"
+    for block in blocks.split():
+        sources = [inspect.getsource(getattr(module, block)) for module in (one, other)]
+        assert sources[0] == sources[1], block
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_no_other_block_is_shared(pair):
+    """SHARED names all that are the same, so that none begins to differ unseen."""
+    named = set(f"{SHARED} {BOTH_WITH_CRITIC_MODELS}".split())
+    found = [
+        {function.name: ast.unparse(function) for function in functions(TREES[name])}
+        for name in pair
+    ]
+    same = {name for name, code in found[0].items() if found[1].get(name) == code}
+    assert same <= named
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_blocks_and_banners_stand_in_the_same_order(pair):
+    orders = [[f.name for f in functions(TREES[name])] for name in pair]
+    both = set(orders[0]) & set(orders[1])
+    assert len(both) >= len(SHARED.split())
+    orders = [[name for name in order if name in both] for order in orders]
+    assert orders[0] == orders[1]
+    banners = [re.findall(r"^# -+ (.+)$", FILES[name], re.MULTILINE) for name in pair]
+    assert banners[0] == banners[1] and len(banners[0]) == 8
+
+
+# Imports and flags
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports(name):
-    for node in ast.parse(FILES[name]).body:
-        names = (
-            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        )
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        roots = {module.split(".")[0] for module in names}
-        assert roots <= ALLOWED | set(sys.stdlib_module_names)
+    """Of whatever a file imports outside of its functions, and inside of them."""
+
+    def roots(*trees):
+        found = set()
+        for node in itertools.chain(*map(ast.walk, trees)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        return found - set(sys.stdlib_module_names)
+
+    inside = roots(*functions(TREES[name]))
+    assert inside <= IMPORTED | WHERE_USED
+    assert roots(TREES[name]) - inside <= IMPORTED - {name}
+    top = [node for node in TREES[name].body if not isinstance(node, ast.FunctionDef)]
+    top = [node for node in top if not isinstance(node, ast.ClassDef)]
+    assert roots(*top) <= IMPORTED - {name}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
-    """A flag is read where `args.flag` (or `self.args.flag`) stands in code."""
-    module = importlib.import_module(name)
-    read = {
-        node.attr
-        for text in (FILES[name], FILES["common"])
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Attribute)
-        and ast.unparse(node.value) in ("args", "self.args")
-    }
+    """A flag is read where `args.flag`, `self.args.flag` or `flags["flag"]` stands in code."""
+    module, read = importlib.import_module(name), set()
+    for node in itertools.chain(*map(ast.walk, (TREES[name], TREES["common"]))):
+        code = ast.unparse(node) if isinstance(node, ast.expr) else ""
+        read |= set(re.findall(r"^(?:self\.)?args\.(\w+)$|^flags\['(\w+)'\]$", code))
+    read = {flag for found in read for flag in found}
     flags = {field.name for field in fields(module.Args)}
     assert flags - read == set()
-    source = "".join(inspect.getsource(c) for c in (module.Args, module.common.RunArgs))
+    classes = (module.Args, module.common.TaskArgs, module.common.RunArgs)
+    source = "".join(map(inspect.getsource, classes))
     for flag in flags:
         assert re.search(rf"^    {flag}: .+\n    \"\"\"\S", source, re.MULTILINE), flag
 
 
-def test_every_parameter_of_the_reference_is_a_flag():
-    everywhere = [
-        "num_agents",
-        "num_turns",
-        "critic_type",
-        "num_train_epochs",
-        "agent_learning_rate",
-        "critic_learning_rate",
-        "value_loss_coef",
-        "advantage_normalization",
-        "rollout_buffer_size",
-        "train_batch_size",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "num_generations",
-        "external_prompt_passthrough",
-        "discount",
-        "early_termination_threshold",
-        "eval_interval",
-        "eval_num_samples",
-        "eval_batch_size",
-        "logging_steps",
-        "agent_model",
-        "agents",
-        "critic_model",
-        "critics",
-        "tokenizer",
-        "model_config",
-        "wandb_config",
-        "seed",
-        "task",
-        "output_dir",
-        "exp_name",
-        "device",
-        "dtype",
-        "max_grad_norm",
-        "micro_batch_size",
-        "entropy_coef",
-        "eval_only",
-    ]
-    own = {
-        "maac": {"critic_value_head_hidden_dim"},
-        "iac_separate": {"critic_value_head_hidden_dim"},
-        "iac_shared": {"value_head_hidden_dim", "value_clip_range"},
-    }
-    for name in SCRIPTS:
-        flags = {field.name for field in fields(importlib.import_module(name).Args)}
-        assert {*everywhere, *own[name]} <= flags
+PARAMETERS = """num_agents num_turns critic_type num_train_epochs agent_learning_rate
+critic_learning_rate value_loss_coef advantage_normalization rollout_buffer_size
+train_batch_size max_new_tokens temperature top_p top_k num_generations
+external_prompt_passthrough discount early_termination_threshold eval_interval
+eval_num_samples eval_batch_size logging_steps agent_model agents tokenizer model_config
+wandb_config seed task train_file output_dir exp_name resume device dtype max_grad_norm
+micro_batch_size entropy_coef eval_only save_interval log_samples"""
+OWN = {
+    "maac": "critic_model critics critic_value_head_hidden_dim",
+    "iac_separate": "critic_model critics critic_value_head_hidden_dim",
+    "iac_shared": "value_head_hidden_dim value_clip_range",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_flags_are_the_parameters_of_the_reference_and_few_more(name):
+    """No flag is new or gone without a thought."""
+    flags = {field.name for field in fields(importlib.import_module(name).Args)}
+    assert flags == set(f"{PARAMETERS} {OWN[name]}".split())
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_else_stands_at_the_top():
-    tracked = subprocess.run(
-        ["git", "ls-files"], check=True, cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    top = {path.split("/")[0] for path in tracked}
-    files = {f"{name}.py" for name in FILES}
-    known = files | {"tests", "README.md", "requirements.txt", "LICENSE"}
+    command = ["git", "ls-files"]
+    tracked = subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    top = {path.split("/")[0] for path in tracked.stdout.decode().split()}
+    known = {f"{name}.py" for name in FILES} | {"tests", "README.md", "LICENSE"}
+    known |= {"requirements.txt"}
     assert {name for name in top if not name.startswith(".")} <= known

@@ -1,189 +1,150 @@
 """The built-in tasks, task files, and the calls of a user's functions."""
 
+import functools
+import random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 from tasks import hidden_cards, length_ratio
+from tokenizers import pre_tokenizers
 from transformers import PretrainedConfig
 
 import common
+from common import InputError, Sample, Task
 
-TWO = SimpleNamespace(
-    num_agents=2, num_turns=1, eval_only=False, external_prompt_passthrough=False
-)
+TWO = SimpleNamespace(num_agents=2, num_turns=1, eval_only=False, train_file=None)
+ITEM = {"prompt": "x"}
 
 
 def test_sum_to_target_rewards_by_hand():
-    item = {"prompt": "target 7\n", "target": 7}
-    first, second = (
-        ["3", "3", " 9\n", "x", "", "-1", "7"],
-        ["4", "5", "9", "7", "", "8", "x"],
-    )
-    expected = [1.0, 1 / 2, 1 / 12, 0.5, 0.0, 0.5 / 2, 0.5]
-    task = common.sum_to_target(TWO)
-    assert task.reward_func(first, second, batch_items=[item]) == pytest.approx(
-        expected
-    )
+    item, task = {"prompt": "target 7\n", "target": 7}, common.sum_to_target(TWO)
+    first = ["3", "3", " 9\n", "x", "", "-1", "7"]
+    second = ["4", "5", "9", "7", "", "8", "x"]
+    rewards = task.reward_func(first, second, batch_items=[item])
+    assert rewards == pytest.approx([1.0, 1 / 2, 1 / 12, 0.5, 0.0, 0.5 / 2, 0.5])
     assert task.reward_func(["1"], ["2"], ["4"], batch_items=[item]) == [1.0]
     several = common.sum_to_target(SimpleNamespace(num_turns=2))
-    costly = [worth - 1 for worth in expected]
-    assert several.reward_func(first, second, batch_items=[item]) == pytest.approx(
-        costly
-    )
+    costly = several.reward_func(first, second, batch_items=[item])
+    assert costly == pytest.approx([reward - 1 for reward in rewards])
 
 
 def test_sum_to_target_without_reading_the_target():
     """No constant sum is paid more than the 0.37 that the docstring says."""
-    best = max(sum(1 / (1 + abs(s - t)) for t in range(10)) / 10 for s in range(30))
-    assert best == pytest.approx(0.3733, abs=1e-3)
+    reward, texts = common.sum_to_target(TWO).reward_func, list(map(str, range(30)))
+    items = [{"target": n} for n in range(10)]
+    paid = [reward(texts, ["0"] * 30, batch_items=[item]) for item in items]
+    assert np.mean(paid, axis=0).max() == pytest.approx(0.3733, abs=1e-3)
 
 
 def test_sum_to_target_tells_each_agent_its_own_number_and_the_sum():
-    task = common.sum_to_target(TWO)
-    texts = task.external_transition(prompt="target 7\n", agent_completions=["3", "x"])
+    tell = common.sum_to_target(TWO).external_transition
+    texts = tell(prompt="target 7\n", agent_completions=["3", "x"])
     assert texts == ["target 7\nyours 3, sum 3\n", "target 7\nyours None, sum 3\n"]
 
 
 def test_length_ratio_rewards_by_hand():
-    task = length_ratio.make_task(TWO)
-    short = "ab" * 5  # 10 characters
-    lengths = [0, 5, 10, 20, 25, 30, 40, 50, 90]
-    expected = [-1, 0.25, 0.5, 1, 1, 1, 0.5, 0, 0]
-    rewards = task.reward_func([short] * 9, ["c" * n for n in lengths])
-    assert rewards == pytest.approx(expected)
+    task, lengths = length_ratio.make_task(TWO), [0, 5, 10, 20, 25, 30, 40, 50, 90]
+    rewards = task.reward_func(["ab" * 5] * 9, ["c" * n for n in lengths])
+    assert rewards == pytest.approx([-1, 0.25, 0.5, 1, 1, 1, 0.5, 0, 0])
     assert task.reward_func([" "], ["x"]) == [-1]
-    three = task.reward_func(["a" * 10], ["b" * 20], ["c" * 20])
-    assert three == pytest.approx([(1 + 0.5) / 2])
-    with pytest.raises(common.InputError, match="two|2"):
-        length_ratio.make_task(SimpleNamespace(num_agents=1))
+    assert task.reward_func(["a" * 10], ["b" * 20], ["c" * 20]) == [(1 + 0.5) / 2]
 
 
 def test_hidden_cards_by_hand():
     """Cards 2 and 7; a right answer is a digit of the card's half; luck (2 + 7 - 9) / 3 = 0."""
     task = hidden_cards.make_task(SimpleNamespace(num_agents=2, num_turns=2))
-    first, second = task.formatters
-    item = {"prompt": "", "cards": [2, 7]}
+    (first, second), item = task.formatters, {"prompt": "", "cards": [2, 7]}
     asked = [first(item), second(item)]
     assert asked == ["card 2\n\n", "card 7\n\n"]
     assert task.reward_func(["4"], ["5"], prompts=[[p] for p in asked]) == [0.0]
-    marks = task.external_transition(
-        prompt="",
-        agent_completions=["4", "3"],
-        num_agents=2,
-        prompt_history_per_agent=[[asked[0]], [asked[1]]],
-        response_history_per_agent=[["4"], ["3"]],
-    )
-    assert marks == ["+", "-"]
-    last = [first({**item, "prompt": "+"}), second({**item, "prompt": "-"})]
+    history = {"prompt_history_per_agent": [[prompt] for prompt in asked]}
+    history["response_history_per_agent"] = [["4"], ["3"]]
+    assert task.external_transition(**history) == ["+", "-"]
+    last = [first(item | {"prompt": "+"}), second(item | {"prompt": "-"})]
     assert last == ["card 2\n+\n", "card 7\n-\n"]
     firsts, seconds = ["0", "5", "", "01"], ["9", "9", "x", "4"]
     rewards = task.reward_func(firsts, seconds, prompts=[[p] * 4 for p in last])
     assert rewards == [3 / 4, 2 / 4, 1 / 4, 1 / 4]
-    high = [["card 9\n+\n"], ["card 9\n+\n"]]
-    assert task.reward_func(["9"], ["9"], prompts=high) == [1 + 3]
-    samples = [
-        SimpleNamespace(prompts=asked, completions=texts)
-        for texts in (["1", "1"], ["1", "8"])
-    ]
+    assert task.reward_func(["9"], ["9"], prompts=[["card 9\n+\n"]] * 2) == [1 + 3]
+    texts = [["1", "1"], ["1", "8"]]
+    samples = [Sample(item, 0, 0, asked, completions=pair) for pair in texts]
     assert task.metrics_callback(samples) == {"right": 3 / 4}
 
 
 def test_the_luck_of_hidden_cards_has_the_predicted_variance():
-    """Of a uniform card: 8.25, of a third of it 8.25 / 9; the mean is 0."""
+    """Of a uniform card: 8.25, of a third of it 8.25 / 9; the mean is 0. Of 1000 hands the mean
+    is off by 0.05, a standard deviation, and the variance by 4 %."""
+    random.seed(0)
     task = hidden_cards.make_task(SimpleNamespace(num_agents=3, num_turns=1))
-    luck = [
-        sum(card - 4.5 for card in item["cards"]) / 3 for item in task.train_dataset
-    ]
-    assert len(luck) == 1000 and abs(sum(luck) / 1000) < 0.2
-    variance = sum(x * x for x in luck) / 1000
-    assert variance == pytest.approx(3 * 8.25 / 9, rel=0.15)
+    luck = []
+    for item in task.train_dataset:
+        asked = [[deal(item)] for deal in task.formatters]
+        luck += task.reward_func([""], [""], [""], prompts=asked)  # no answer is right
+    assert len(luck) == 1000 and abs(np.mean(luck)) < 0.2
+    assert np.var(luck) == pytest.approx(3 * 8.25 / 9, rel=0.16)
 
 
-def test_a_reward_function_of_comlrl_runs_unchanged():
-    task = common.Task([{"prompt": "x"}], lambda a, b: [float(len(b[0]) - len(a[0]))])
-    one = common.Sample({"prompt": "x"}, 0, 0, ["x", "x"], completions=["a", "bcd"])
-    common.pay(task, [one])
-    assert one.reward == 2.0
-
-
-def test_optional_keywords_and_the_processor_reach_the_functions():
-    seen = {}
-
-    def reward(*texts, batch_items, prompts):
-        seen.update(batch_items=batch_items, prompts=prompts, texts=texts)
-        return [1.0, 2.0]
-
-    item = {"prompt": "x"}
-    task = common.Task([item], reward, reward_processor=lambda r: 10 * r)
-    samples = [
-        common.Sample(item, k, 0, ["p", "q"], completions=[f"a{k}", f"b{k}"])
-        for k in (0, 1)
-    ]
-    common.pay(task, samples)
-    assert [s.reward for s in samples] == [10.0, 20.0]
-    assert seen == {
-        "batch_items": [item],
-        "prompts": [["p", "p"], ["q", "q"]],
-        "texts": (["a0", "a1"], ["b0", "b1"]),
-    }
+@pytest.mark.parametrize(
+    "reward, expected",
+    [
+        (lambda a, b: [float(len(b[0]) - len(a[0])), 7], [2.0, 7.0]),  # as for CoMLRL
+        (lambda *texts: (1, True), [1.0, 1.0]),
+        (lambda *texts: np.array([1, 2], dtype=np.float16), [1.0, 2.0]),
+        (lambda *texts: torch.tensor([1, 2]), [1.0, 2.0]),
+        (lambda *texts, prompts: [float(prompts == [["p"] * 2, ["q"] * 2])] * 2, [1.0] * 2),
+        (lambda *texts, completion_ids: [float(completion_ids[1][0][0]), 0], [4.0, 0.0]),
+        (lambda *texts, **more: [len(more), len(more["batch_items"])], [3.0, 1.0]),
+        (lambda *texts, batch_items: [float(batch_items == [ITEM])] * 2, [1.0] * 2),
+        (functools.partial(lambda worth, *texts: [worth] * 2, 0.5), [0.5, 0.5]),
+    ],
+)  # fmt: skip
+def test_rewards_are_paid(reward, expected):
+    """Whatever the function takes, and however it returns a number for each sample."""
+    columns = {"completions": ["a", "bcd"], "completion_ids": [[3], [4]]}
+    samples = [Sample(ITEM, k, 0, ["p", "q"], **columns) for k in (0, 1)]
+    paid = Task([ITEM], reward).pay(samples)
+    assert paid == expected and {type(x) for x in paid} == {float}
+    processed = Task([ITEM], reward, reward_processor=lambda x: 10 * x).pay(samples)
+    assert processed == [10 * x for x in expected]
 
 
 def test_an_exception_becomes_a_sentence_that_names_the_callable_and_the_line():
     def reward(*_):
         raise KeyError("mine")
 
-    task = common.Task([{"prompt": "x"}], reward, name="t")
-    line = reward.__code__.co_firstlineno + 1
-    expected = f"task 't', item .*reward_func raised KeyError: 'mine' at {__file__}, line {line}$"
-    with pytest.raises(common.InputError, match=expected) as error:
-        common.pay(
-            task, [common.Sample({"prompt": "x"}, 0, 0, ["x"], completions=["a"])]
-        )
-    assert isinstance(error.value.__cause__, KeyError)
+    line, task = reward.__code__.co_firstlineno + 1, Task([ITEM], reward, name="t")
+    expected = f"task 't', .*reward_func: KeyError: 'mine' at {__file__}, line {line}$"
+    with pytest.raises(InputError, match=expected):
+        task.pay([Sample(ITEM, 0, 0, ["x"], completions=["a"])])
 
 
 def test_formatters_one_for_all_or_one_each():
-    item = {"prompt": "x", "n": 3}
-    task = common.Task([item], print, formatters=lambda i: f"{i['prompt']}{i['n']}")
-    assert [common.format_prompt(task, item, agent) for agent in range(2)] == [
-        "x3",
-        "x3",
-    ]
-    chat = [{"role": "user", "content": "hi"}]
-    task = common.Task([item], print, formatters=[lambda i: "a", lambda i: chat])
-    assert [common.format_prompt(task, item, agent) for agent in range(2)] == [
-        "a",
-        chat,
-    ]
-    for wrong in (None, 3, [], [{"role": "user"}], ["hi"]):
-        task = common.Task([item], print, formatters=lambda i, wrong=wrong: wrong)
-        with pytest.raises(
-            common.InputError, match="formatter of agent 0.*expected a prompt"
-        ):
-            [common.format_prompt(task, item, agent) for agent in range(2)]
-    with pytest.raises(
-        common.InputError, match="without a formatter: expected a prompt"
-    ):
-        common.format_prompt(common.Task([item], print), {"n": 3}, 0)
+    item, chat = {"prompt": "x", "n": 3}, [{"role": "user", "content": "hi"}]
+    both, each = lambda i: f"{i['prompt']}{i['n']}", [lambda i: "a", lambda i: chat]
+    for formatters, expected in ((both, ["x3", "x3"]), (each, ["a", chat])):
+        task = Task([item], print, formatters=formatters)
+        assert [task.format(item, agent) for agent in range(2)] == expected
+    for wrong in (None, 3, b"x", [], [{"role": "user"}], ["hi"], (chat[0],)):
+        task = Task([item], print, formatters=Mock(return_value=wrong))
+        with pytest.raises(InputError, match="formatter of agent 0: expected a prompt"):
+            task.format(item, 0)
+    with pytest.raises(InputError, match="without a formatter: expected a prompt"):
+        Task([item], print).format({"n": 3}, 0)
 
 
 def test_a_transition_sees_the_history_and_its_prompts_pass_the_formatter():
-    seen = []
-
-    def transition(**keywords):
-        seen.append(keywords)
-        return ["next0", "next1"]
-
-    item = {"prompt": "x"}
+    transition = Mock(return_value=["next0", "next1"])
     wrap = [lambda i: f"<0 {i['prompt']}>", lambda i: f"<1 {i['prompt']}>"]
-    task = common.Task([item], print, formatters=wrap, external_transition=transition)
-    one = common.Sample(item, 0, 0, ["<0 x>", "<1 x>"], completions=["a", "b"])
-    two = common.next_turn(task, [one], TWO)[0]
-    assert two.prompts == ["<0 next0>", "<1 next1>"] and two.turn == 1
-    two.completions = ["c", "d"]
-    passed = SimpleNamespace(**{**vars(TWO), "external_prompt_passthrough": True})
-    assert common.next_turn(task, [two], passed)[0].prompts == ["next0", "next1"]
-    assert seen[1] == {
+    task = Task([ITEM], print, formatters=wrap, external_transition=transition)
+    one = Sample(ITEM, 0, 0, ["<0 x>", "<1 x>"], completions=["a", "b"])
+    prompts = task.transition(one, False)
+    assert prompts == ["<0 next0>", "<1 next1>"]
+    two = Sample(ITEM, 0, 1, prompts, [one], completions=["c", "d"])
+    assert task.transition(two, True) == ["next0", "next1"]
+    assert transition.call_args.kwargs == {
         "prompt": "x",
         "agent_completions": ["c", "d"],
         "num_agents": 2,
@@ -191,41 +152,78 @@ def test_a_transition_sees_the_history_and_its_prompts_pass_the_formatter():
         "response_history_per_agent": [["a", "c"], ["b", "d"]],
     }
     for wrong in (None, ["only one"], "ab", [1, 2]):
-        task = common.Task(
-            [item], print, external_transition=lambda wrong=wrong, **_: wrong
-        )
-        with pytest.raises(common.InputError, match="external_transition.*expected"):
-            common.next_turn(task, [one], passed)
+        task = Task([ITEM], print, external_transition=Mock(return_value=wrong))
+        with pytest.raises(InputError, match="external_transition: expected"):
+            task.transition(one, True)
 
 
 def test_task_files(tmp_path):
     path = tmp_path / "mine.py"
-    args = SimpleNamespace(**vars(TWO), task=str(path), seed=1, train_file=None)
-    path.write_text(
-        "from common import Task\ntask = Task([{'prompt': 'x'}], lambda a, b: [0.0])\n"
-    )
-    assert common.load_task(args, None).name == "mine"
-    path.write_text(
-        "from common import Task\ndef make_task(args):\n"
-        "    return Task([{'prompt': 'x'}] * args.num_agents, lambda a, b: [0.0])\n"
-    )
-    assert len(common.load_task(args, None).train_dataset) == 2
+    args = SimpleNamespace(**vars(TWO), task=str(path))
+    (tmp_path / "beside.py").write_text("def reward(a, b):\n    return [0.5]\n")
+    start = "from beside import reward\nfrom common import Task\n"
+    path.write_text(f"{start}task = Task([{ITEM}], reward)\n")
+    task = common.load_task(args, None)
+    one = Sample(ITEM, 0, 0, ["x", "x"], completions=["a", "b"])
+    assert task.name == "mine" and task.pay([one]) == [0.5]
+    path.write_text(f"{start}make_task = lambda args: Task([args], reward)\n")
+    assert common.load_task(args, None).train_dataset == [args]
     path.write_text("raise RuntimeError('broken')\n")
-    expected = "mine.py' raised RuntimeError: broken at .*mine.py, line 1$"
-    with pytest.raises(common.InputError, match=expected):
+    with pytest.raises(InputError, match="RuntimeError: broken at .*mine.py, line 1$"):
         common.load_task(args, None)
 
 
-def test_messages_go_through_the_chat_template_where_there_is_one():
-    tokenizer = common.tiny_tokenizer()
-    learner = common.Learner(
-        "agent_0", "tiny", SimpleNamespace(config=PretrainedConfig()), tokenizer
-    )
-    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
-    texts = [tokenizer.decode(ids) for ids in common.encode(learner, [chat, "plain"])]
-    assert texts == ["be\nhi", "plain"]
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
-    )
-    texts = [tokenizer.decode(ids) for ids in common.encode(learner, [chat, "plain"])]
-    assert texts == ["[system]be[user]hi>", "plain"]
+@pytest.fixture
+def reader():
+    """A learner that reads at most 8 tokens, a character each, and leaves out blanks."""
+    model, tokenizer = torch.nn.Module(), common.tiny_tokenizer()
+    isolated = tokenizer.backend_tokenizer.pre_tokenizer
+    steps = [pre_tokenizers.Split(" ", "removed"), isolated]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    model.config = PretrainedConfig(max_position_embeddings=8)
+    return common.Learner("agent_0", "tiny", model, tokenizer)
+
+
+def test_messages_go_through_the_chat_template_where_there_is_one(reader):
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+
+    def texts():
+        rows = common.encode(reader, [Sample(ITEM, 0, 0, [])] * 2, [chat, "plain"])
+        return [reader.tokenizer.decode(ids) for ids in rows]
+
+    assert texts() == ["a\nb", "plain"]
+    roles = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}>"
+    reader.tokenizer.chat_template = roles
+    assert texts() == ["s:au:b>", "plain"]
+    reader.tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(InputError, match="chat template cannot read .*no system"):
+        texts()
+
+
+UNREADABLE = [
+    ("7777777", "to read 7 tokens and to write 2.*its model takes 8"),
+    ("", "empty"),
+    (" ", "empty"),  # no token
+    ([{"role": "user", "content": None}], "empty"),
+    ([{"role": "user", "content": ["x"]}], "AttributeError"),
+    ("\ud800", "agent_0"),  # half of a character
+]
+
+
+@pytest.mark.parametrize("prompt, why", UNREADABLE)
+def test_a_prompt_that_cannot_be_read_is_refused(reader, prompt, why):
+    with pytest.raises(InputError, match=why):
+        common.encode(reader, [Sample(ITEM, 0, 0, [])], [prompt], room=2)
+
+
+def test_a_later_prompt_that_cannot_be_read_ends_the_episode(reader, capsys):
+    """It has no ids, the turn before says why, and the first is told."""
+    past = [Sample({"n": k}, k, 0, []) for k in range(3)]
+    now = [Sample(x.item, x.episode, 1, [], [x]) for x in past]
+    rows = common.encode(reader, now, ["7777777", "666666", ""], room=2)
+    assert rows == [[], reader.tokenizer("666666").input_ids, []]
+    assert past[0].cut.endswith("its model takes 8") and past[1].cut == ""
+    assert "empty" in past[2].cut
+    told = capsys.readouterr().err
+    assert told.count("ends before turn 1 of item {'n': 0}") == told.count("ends") == 1
+    assert common.encode(reader, [], []) == []

@@ -7,8 +7,8 @@
 For each agent transformers' own `generate` on the batch of all prompts, then one forward and
 backward of each model over the same tokens (actors: cross entropy of the completions; critics:
 the last hidden state, the prompts only) and a fused AdamW step. No rewards, values, targets. It
-cuts the batch as the scripts do and has their memory settings, which come with `common`. Prints
-one JSON line with the seconds, loading left out.
+cuts the batch as the scripts do, and its critics read a text once; it has the scripts' memory
+settings, which come with `common`. Prints one JSON line with the seconds, loading left out.
 """
 
 import json
@@ -59,11 +59,11 @@ def main(spec: dict) -> dict:
         mask = torch.nn.functional.pad(prompts.attention_mask, (0, written), value=1)
         inputs.append({"input_ids": ids, "attention_mask": mask})
         lengths.append(written)
-    reads = joint if spec["script"] == "maac" else texts
+    reads = list(dict.fromkeys(joint if spec["script"] == "maac" else texts))
     inputs += [tokenizer(reads, return_tensors="pt", padding=True)] * critics
     new = config["max_new_tokens"]
     for k, (model, optimizer, batch) in enumerate(zip(models, optimizers, inputs)):
-        for part in common.slices(len(texts), spec["micro_batch_size"]):
+        for part in common.slices(len(batch["input_ids"]), spec["micro_batch_size"]):
             rows = {key: tensor[part] for key, tensor in batch.items()}
             with autocast:
                 if k < count:

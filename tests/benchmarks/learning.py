@@ -41,9 +41,11 @@ from speed import install_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("maac", "iac_separate", "iac_shared")
+CARDS = "--task tests/tasks/hidden_cards.py --num-train-epochs 10 --entropy-coef 0.05"
 REAL_MODEL = (
-    " --entropy-coef 0 --agent-learning-rate 2e-5 --critic-learning-rate 1e-4"
-    " --value-loss-coef 0.1 --rollout-buffer-size 16 --logging-steps 16 --save-interval 0"
+    "--max-new-tokens 64 --entropy-coef 0 --agent-learning-rate 2e-5"
+    " --critic-learning-rate 1e-4 --value-loss-coef 0.1 --rollout-buffer-size 16"
+    " --logging-steps 16 --save-interval 0"
     " --eval-interval 0 --eval-num-samples 16 --eval-batch-size 16 --log-samples 16"
 )
 
@@ -76,23 +78,23 @@ SETTINGS = {
         "--num-turns 2 --early-termination-threshold -0.01", 0.8, offset=1.0
     ),
     "hidden_cards": Setting(
-        "--task hidden_cards --num-turns 2 --num-train-epochs 10 --entropy-coef 0.05",
+        f"{CARDS} --num-turns 2",
         0.8,
         metric="rollout/right",
         critics=True,
     ),
     "one_hidden_card": Setting(
-        "--task hidden_cards --num-train-epochs 10 --entropy-coef 0.05",
+        CARDS,
         0.8,
         metric="rollout/right",
         critics=True,
     ),
     "length_ratio": Setting(
-        "--task length_ratio --max-new-tokens 64 --num-train-epochs 8" + REAL_MODEL, 0.8
+        f"--task tests/tasks/length_ratio.py --num-train-epochs 8 {REAL_MODEL}", 0.8
     ),
     "tldr": Setting(
-        "--task tldr --train-file tests/posts.jsonl --max-new-tokens 64"
-        " --num-train-epochs 8" + REAL_MODEL,
+        "--task tests/tasks/tldr.py --train-file tests/posts.jsonl"
+        f" --num-train-epochs 8 {REAL_MODEL}",
         0.8 * 2.98,
     ),
 }
@@ -136,7 +138,7 @@ def ours(script: str, task: str, seed: int, args: Args) -> dict:
     setting = SETTINGS[task]
     flags = [*shlex.split(setting.flags), "--seed", str(seed)]
     flags += ["--exp-name", f"{script}-{task}", *shlex.split(args.flags)]
-    if "learning-rate 2e-5" in setting.flags:
+    if REAL_MODEL in setting.flags:
         flags += ["--agent-model", args.model]
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     done = subprocess.run(
@@ -147,18 +149,11 @@ def ours(script: str, task: str, seed: int, args: Args) -> dict:
     train = [line for line in lines if setting.metric in line]
     evaluations = [line for line in lines if "eval/reward" in line]
     generations = json.loads((folder / "args.json").read_text())["num_generations"]
-    keys = {"reward": setting.metric, EXPLAINED: EXPLAINED, SPREAD: SPREAD}
-    curves = {
-        name: [
-            (
-                generations * line["step"],
-                line[key] + setting.offset * (name == "reward"),
-            )
-            for line in train
-            if key in line
-        ]
-        for name, key in keys.items()
-    }
+    curves = {"reward": [], EXPLAINED: [], SPREAD: []}
+    for line in train:
+        line["reward"] = line[setting.metric] + setting.offset
+        for name in curves.keys() & line.keys():
+            curves[name].append((generations * line["step"], line[name]))
     before = setting.metric.replace("rollout", "eval")
     episodes = [json.loads(line) for line in (folder / "samples.jsonl").open()]
     rewards = [s["reward"] for s in episodes if s["phase"] == "train"]
@@ -189,11 +184,10 @@ def reference(script: str, seed: int, args: Args) -> dict:
     config = {name: getattr(ours, name) for name in same.split()} | {"top_k": 0}
     config |= {} if script == "maac" else {"value_clip_range": 0.2}
     with tempfile.TemporaryDirectory() as scratch:
-        for role, auto_class in (
-            ("agent", AutoModelForCausalLM),
-            ("critic", AutoModel),
-        ):
-            for learner in common.load_learners(role, auto_class, ["tiny"] * 2, ours):
+        pairs = ("agent", AutoModelForCausalLM), ("critic", AutoModel)
+        for role, auto_class in pairs:
+            two = common.load_learners(role, auto_class, ["tiny"] * 2, 2, ours)
+            for learner in two:
                 learner.model.save_pretrained(Path(scratch) / learner.name)
                 learner.tokenizer.save_pretrained(Path(scratch) / learner.name)
         spec = {"script": script, "task": "sum_to_target", "seed": seed}
@@ -288,22 +282,10 @@ def at_the_end(run: dict, name: str) -> float | None:
 
 def table(results: list[dict]) -> str:
     """A Markdown table with a row per task and algorithm."""
-    heads = [
-        "task",
-        "algorithm",
-        "seeds",
-        "untrained",
-        "reward",
-        "lowest; median; highest",
-        "samples to threshold",
-        "reached",
-        "quarters (standard error)",
-        "turns",
-        "explained variance",
-        "advantage std",
-        "seconds",
-    ]
-    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    heads = "task | algorithm | seeds | untrained | reward | lowest; median; highest"
+    heads += " | samples to threshold | reached | quarters (standard error) | turns"
+    heads += " | explained variance | advantage std | seconds"
+    rows = [f"| {heads} |", "|" + "---|" * len(heads.split(" | "))]
     for task, algorithm, runs in groups(results):
         found = [figures(run) for run in runs]
         rewards = [f["reward"] for f in found]

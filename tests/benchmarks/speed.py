@@ -9,18 +9,22 @@ installs into an environment of its own) and the floor (floor.py): one update of
 the first of its process, every completion of full length, loading left out. A line per process is
 printed and added to --output; the table is of all lines there: medians over the rounds, and the
 range of the ratios. --rounds 0 prints the table alone. bfloat16 is autocast, set against the
-reference in float32. Everything runs on the CPU.
+reference in float32. Everything runs on the CPU. `default` takes the time of a script's functions
+from outside, in a process per script, without evaluations.
 """
 
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -31,7 +35,13 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = ("maac", "iac_separate", "iac_shared")
 REFERENCE = "comlrl==1.4.3"
 UNUSED_TOKEN = "<jupyter_output>"  # of SmolLM2; never sampled, so nothing ends early
-PHASES = ("generation", "values", "update", "rest")
+CASES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}}
+CASES["four_generations"] = {"num_generations": 4}
+PHASES = {  # functions of a script, none of which calls another
+    "generation": ("generate",),
+    "values": ("estimate_values",),
+    "update": ("update_critic", "update_actor"),
+}
 SUBJECTS = """a lighthouse keeper, a lost dog, a brave mouse, a talking tree, a stolen crown,
 a kind giant, a tiny robot, a hungry fox, a wise owl, a clumsy wizard, a friendly ghost,
 a stubborn donkey, a red balloon, a paper boat, a silver key, a broken clock"""
@@ -54,12 +64,8 @@ class Args:
     """Tables to make."""
     scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
     """Scripts to measure."""
-    cases: tuple[Literal["float32", "bfloat16", "four_generations"], ...] = (
-        "float32",
-        "bfloat16",
-        "four_generations",
-    )
-    """Cases of `compare`."""
+    cases: tuple[str, ...] = tuple(CASES)
+    """Cases of `compare`: float32, bfloat16, four_generations."""
     buffer: int = 16
     """Joint samples of an update in `compare`."""
     max_new_tokens: int = 64
@@ -109,20 +115,18 @@ def make_task(args):
 
 def endless(model: Path, folder: Path) -> Path:
     """The model without an end-of-sequence token, so that all completions have full length."""
-    changes = {
-        "config.json": {"eos_token_id": None},
-        "generation_config.json": {"eos_token_id": None, "pad_token_id": None},
-        "tokenizer_config.json": {"eos_token": None, "pad_token": UNUSED_TOKEN},
-    }
+    changes = {"config.json": {"eos_token_id": None}}
+    changes["generation_config.json"] = {"eos_token_id": None, "pad_token_id": None}
+    changes["tokenizer_config.json"] = {"eos_token": None, "pad_token": UNUSED_TOKEN}
     target = folder / "endless"
     target.mkdir()
     for path in model.resolve().iterdir():
-        if path.name not in changes:
+        if path.name in changes:
+            values = json.loads(path.read_text()) | changes[path.name]
+            kept = {key: value for key, value in values.items() if value is not None}
+            (target / path.name).write_text(json.dumps(kept))
+        else:
             (target / path.name).symlink_to(path)
-            continue
-        values = json.loads(path.read_text()) | changes[path.name]
-        kept = {key: value for key, value in values.items() if value is not None}
-        (target / path.name).write_text(json.dumps(kept))
     return target
 
 
@@ -134,11 +138,8 @@ def install_reference(folder: Path) -> Path:
         import transformers
 
         venv.create(folder, with_pip=True)
-        same = [
-            f"torch=={torch.__version__.split('+')[0]}",
-            f"transformers=={transformers.__version__}",
-            "tyro",  # which common.py imports
-        ]
+        same = f"torch=={torch.__version__.split('+')[0]} tyro"  # for common.py
+        same = [*same.split(), f"transformers=={transformers.__version__}"]
         install = [str(python), "-m", "pip", "install", "--quiet", *same, REFERENCE]
         subprocess.run(install, check=True)
     return python
@@ -159,73 +160,39 @@ def run(command: list[str]) -> tuple[str, int]:
 
 
 def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
-    """Run one job: joint samples per second, shares of the time, peak memory."""
+    """Run one job: joint samples per second, peak memory."""
     if len(job.prompts) * job.num_generations != job.buffer:
-        raise SystemExit(
-            f"a buffer of {job.buffer} is not made of {job.num_generations} generations"
-            f" of each of 1 to {len(PROMPTS)} prompts"
-        )
+        each = f"{job.num_generations} generations of 1 to {len(PROMPTS)} prompts"
+        raise SystemExit(f"a buffer of {job.buffer} is not made of {each}")
     if job.who == "ours":
-        flags = {
-            "task": HERE / "speed.py",
-            "output-dir": folder,
-            "agent-model": model,
-            "num-agents": job.num_agents,
-            "num-generations": job.num_generations,
-            "rollout-buffer-size": job.buffer,
-            "max-new-tokens": job.max_new_tokens,
-            "agent-learning-rate": 1e-5,
-            "critic-learning-rate": 1e-5,
-            "entropy-coef": 0,
-            "num-train-epochs": 1,
-            "dtype": job.dtype,
-            "log-samples": 0,
-            "save-interval": 0,
-        }
+        flags = {"task": HERE / "speed.py", "output-dir": folder, "agent-model": model}
+        flags |= {"agent-learning-rate": 1e-5, "critic-learning-rate": 1e-5}
+        flags |= {"entropy-coef": 0, "rollout-buffer-size": job.buffer}
+        flags |= {"num-train-epochs": 1, "log-samples": 0, "save-interval": 0}
+        for name in ("num_agents", "num_generations", "max_new_tokens", "dtype"):
+            flags[name] = getattr(job, name)
         if job.micro_batch_size is not None:
             flags["micro-batch-size"] = job.micro_batch_size
-        words = [
-            str(word) for key, value in flags.items() for word in (f"--{key}", value)
-        ]
-        out, memory = run(
-            [sys.executable, str(HERE.parents[1] / f"{job.script}.py"), *words]
-        )
-        lines = metrics(Path(out.split("run folder: ")[-1].strip()))
-        lengths = [lines[-1]["rollout/completion_tokens"]]
-        rate = lines[-1]["time/samples_per_second"]
-        times = {phase: lines[-1][f"time/{phase}_share"] for phase in PHASES}
+        words = [str(word) for key, x in flags.items() for word in (f"--{key}", x)]
+        script = str(HERE.parents[1] / f"{job.script}.py")
+        out, memory = run([sys.executable, script, *words])
+        file = Path(out.split("run folder: ")[-1].strip()) / "metrics.jsonl"
+        (line,) = map(json.loads, file.open())  # of one update, without evaluations
+        lengths = [line["rollout/completion_tokens"]]
+        rate = line["time/samples_per_second"]
     else:
-        config = {
-            "num_generations": job.num_generations,
-            "max_new_tokens": job.max_new_tokens,
-        }
-        if job.who == "reference":
-            config |= {"rollout_buffer_size": job.buffer, "top_k": 0}
-            config |= {"temperature": 1.0, "top_p": 1.0}
         spec = asdict(job) | {"model": str(model), "prompts": job.prompts}
         spec |= {"agents": [str(model)], "task": "vowels"}
-        spec["config"] = config
+        config = {"max_new_tokens": job.max_new_tokens, "top_k": 0, "top_p": 1.0}
+        config |= {"num_generations": job.num_generations, "temperature": 1.0}
+        spec["config"] = config | {"rollout_buffer_size": job.buffer}
         file = str(HERE / f"{job.who}.py")
         out, memory = run([python, file, json.dumps(spec)])
         result = json.loads(out.splitlines()[-1])
-        lengths, times = result["lengths"], {}
-        rate = job.buffer / result["seconds"]
+        lengths, rate = result["lengths"], job.buffer / result["seconds"]
     if set(lengths) != {job.max_new_tokens}:
         raise SystemExit(f"{job}: completions of {set(lengths)} tokens")
-    return asdict(job) | {"samples_per_second": rate, "memory": memory, "times": times}
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The lines of a run's training, without those of evaluations."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "rollout/reward" in line]
-
-
-CASES = {
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "four_generations": {"num_generations": 4},
-}
+    return asdict(job) | {"samples_per_second": rate, "memory": memory}
 
 
 def compare(args: Args, measured: Callable[[Job], dict]) -> str:
@@ -246,38 +213,29 @@ def compare(args: Args, measured: Callable[[Job], dict]) -> str:
         wanted = asdict(Job(who, script, **base, **CASES[case], **size))
         return [line for line in lines[::-1] if wanted.items() <= line.items()]
 
-    rows = [
-        "| script | case | joint samples/s | reference, float32 | ratio | time over floor | "
-        + ", ".join(PHASES)
-        + " | peak MB, reference's, ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for script, case in pairs:
         mine, floor = results("ours", script, case), results("floor", script, case)
         against = "float32" if case == "bfloat16" else case
         theirs = results("reference", script, against)
         if not mine:
             continue
-        shares = [
-            f"{100 * median(r['times'][phase] for r in mine):.0f} %" for phase in PHASES
-        ]
         peak = median(r["memory"] for r in mine)
         memory = f"{peak:.0f}"
         if theirs:
             other = median(r["memory"] for r in theirs)
             memory += f", {other:.0f}, {peak / other:.2f}"
-        cells = [
-            f"{script}.py",
-            case,
-            f"{rate(mine):.3f}",
-            f"{rate(theirs):.3f}" if theirs else "-",
-            spread(mine, theirs),
-            spread(floor, mine),
-            ", ".join(shares),
-            memory,
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rates = [f"{rate(mine):.3f}", f"{rate(theirs):.3f}" if theirs else "-"]
+        ratios = [spread(mine, theirs), spread(floor, mine)]
+        rows.append([f"{script}.py", case, *rates, *ratios, memory])
+    heads = "script | case | joint samples/s | reference, float32 | ratio"
+    return table(f"{heads} | time over floor | peak MB, reference's, ratio", rows)
+
+
+def table(heads: str, rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, " | ".join(["---"] * len(heads.split(" | ")))]
+    return "\n".join(f"| {x} |" for x in [*lines, *map(" | ".join, rows)])
 
 
 def rate(results: list[dict]) -> float:
@@ -287,13 +245,9 @@ def rate(results: list[dict]) -> float:
 
 def spread(upper: list[dict], lower: list[dict]) -> str:
     """Median and range of the rounds' ratios of joint samples per second, latest first."""
-    ratios = [
-        one["samples_per_second"] / other["samples_per_second"]
-        for one, other in zip(upper, lower)
-    ]
-    if not ratios:
-        return "-"
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    ratios = [rate([one]) / rate([other]) for one, other in zip(upper, lower)]
+    found = [f"{choose(ratios):.2f}" for choose in (median, min, max) if ratios]
+    return "{} ({} to {})".format(*found) if found else "-"
 
 
 def growth(args: Args, measured: Callable[[Job], dict]) -> str:
@@ -304,72 +258,82 @@ def growth(args: Args, measured: Callable[[Job], dict]) -> str:
         *({"max_new_tokens": count} for count in (32, 128)),
         *({"buffer": count, "micro_batch_size": 1} for count in (8, 32, 128)),
     ]
-    rows = [
-        "| script | change | seconds per joint sample | peak MB |",
-        "|---|---|---|---|",
-    ]
-    for script in args.scripts:
-        for size in sizes:
-            job = {
-                "micro_batch_size": args.micro_batch_size,
-                "dtype": "bfloat16",
-            } | size
-            result = measured(Job("ours", script, **job))
-            change = ", ".join(f"{key} {value}" for key, value in size.items())
-            seconds = 1 / result["samples_per_second"]
-            rows.append(
-                f"| {script}.py | {change} | {seconds:.2f} | {result['memory']} |"
-            )
-    return "\n".join(rows)
+    rows = []
+    base = {"micro_batch_size": args.micro_batch_size, "dtype": "bfloat16"}
+    for script, size in itertools.product(args.scripts, sizes):
+        result = measured(Job("ours", script, **base | size))
+        change = ", ".join(f"{key} {value}" for key, value in size.items())
+        seconds = f"{1 / result['samples_per_second']:.2f}"
+        rows.append([f"{script}.py", change, seconds, str(result["memory"])])
+    return table("script | change | seconds per joint sample | peak MB", rows)
 
 
-def default(args: Args, folder: Path) -> str:
+def default(args: Args, _: object) -> str:
     """Where the time of the default run goes."""
-    rows = [
-        "| script | joint samples/s | generation | values | update | rest |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for script in args.scripts:
-        file = str(HERE.parents[1] / f"{script}.py")
-        out, _ = run([sys.executable, file, "--output-dir", str(folder)])
-        lines = metrics(Path(out.split("run folder: ")[-1].strip()))
-        shares = [
-            f"{100 * sum(line[f'time/{phase}_share'] for line in lines) / len(lines):.0f} %"
-            for phase in PHASES
-        ]
-        speed = lines[-1]["time/samples_per_second"]
-        rows.append(f"| {script}.py | {speed:.0f} | {' | '.join(shares)} |")
-    return "\n".join(rows)
+        path = f"import sys; sys.path.insert(0, {str(HERE)!r}); import speed"
+        out, _ = run([sys.executable, "-c", f"{path}; speed.take_times({script!r})"])
+        rate, *shares = json.loads(out.splitlines()[-1])
+        shares = [f"{100 * share:.0f} %" for share in shares]
+        rows.append([f"{script}.py", f"{rate:.0f}", *shares])
+    return table(f"script | joint samples/s | {' | '.join(PHASES)} | rest", rows)
+
+
+def take_times(script: str) -> None:
+    """Train with the default flags. Prints the samples per second, and the shares of PHASES and
+    of the rest (prompts, rewards, targets, logs) in the time of rollouts, updates and logs."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    import common
+
+    module, seconds = importlib.import_module(script), defaultdict(float)
+
+    def timed(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapper(*args: object, **options: object) -> object:
+            start = time.perf_counter()
+            result = function(*args, **options)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, wrapper)
+
+    timed(common.Run, "log_update")
+    for name in ("collect", "update", *itertools.chain(*PHASES.values())):
+        if hasattr(module, name):  # iac_shared.py has no update_critic
+            timed(module, name)
+    with tempfile.TemporaryDirectory() as folder:
+        args = module.Args(output_dir=folder)
+        task = replace(common.load_task(args, None), eval_dataset=None)
+        module.train(args, task)
+    whole = seconds["collect"] + seconds["update"] + seconds["log_update"]
+    shares = [sum(seconds[x] for x in names) / whole for names in PHASES.values()]
+    samples = args.num_train_epochs * len(task.train_dataset)
+    print(json.dumps([samples / whole, *shares, 1 - sum(shares)]))
 
 
 def main(args: Args) -> None:
     """Run the parts that were asked for and print their tables."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    tables = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
         against = "compare" in args.parts and set(args.cases) != {"bfloat16"}
         python = install_reference(args.environment) if against else None
         if set(args.parts) & {"compare", "growth"}:
-            model = endless(args.model, folder)
+            model = endless(args.model, Path(folder))
 
         def measured(job: Job) -> dict:
             with tempfile.TemporaryDirectory(dir=folder) as runs:
                 interpreter = str(python) if job.who == "reference" else sys.executable
                 result = measure(job, model, interpreter, Path(runs))
-            line = json.dumps(result)
-            print(line, flush=True)
+            print(json.dumps(result), flush=True)
             with open(args.output, "a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(result) + "\n")
             return result
 
-        if "compare" in args.parts:
-            tables.append(compare(args, measured))
-        if "growth" in args.parts:
-            tables.append(growth(args, measured))
-        if "default" in args.parts:
-            tables.append(default(args, folder))
-    print("\n" + "\n\n".join(tables))
+        makers = {"compare": compare, "growth": growth, "default": default}
+        tables = [makers[part](args, measured) for part in args.parts]
+    print("", *tables, sep="\n\n")
 
 
 if __name__ == "__main__":

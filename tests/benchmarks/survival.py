@@ -1,11 +1,12 @@
 """Runs that are killed, watched for long, saved often, or spread over processes.
 
-    python tests/benchmarks/survival.py                      # all parts, more than an hour
+    python tests/benchmarks/survival.py                      # all parts, hours
     python tests/benchmarks/survival.py --parts kill --kills 20 --scripts maac
 
 kill: the default run is killed (SIGKILL) at random moments, every fourth time within a save,
 resumed until it ends, and compared with a run that nobody disturbed: weights and value heads
 to the bit, metrics.jsonl and samples.jsonl line by line, times aside.
+kill_ranks: the same with two processes: torchrun and both are killed at once.
 cost: the seconds that saving every 20 updates adds to the default run, and their share of it.
 memory: resident memory after 500 updates and after --updates of them.
 ranks: two processes of one thread each: that the default run learns, that the other process
@@ -16,9 +17,11 @@ Exit status 1 if a part fails its bar.
 """
 
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,6 +30,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,44 +38,52 @@ import tyro
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("maac", "iac_separate", "iac_shared")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+sys.path.insert(0, str(ROOT))
+
+import common
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PAIR = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 
 
 @dataclass
 class Args:
     """The parts to run and their sizes."""
 
-    parts: tuple[str, ...] = ("kill", "cost", "memory", "ranks")
-    """kill, cost, memory, ranks."""
-    scripts: tuple[str, ...] = SCRIPTS
+    parts: tuple[str, ...] = ("kill", "kill_ranks", "cost", "memory", "ranks")
+    """Functions below."""
+    scripts: tuple[str, ...] = ("maac", "iac_separate", "iac_shared")
     """Scripts to try."""
     kills: int = 20
-    """Killed runs per script."""
-    processes: int = 2
-    """Runs at the same time in the part kill, one thread each."""
+    """Killed runs per script in the part kill."""
+    rank_kills: int = 5
+    """Killed runs per script in the part kill_ranks."""
     updates: int = 20_000
     """Updates of the part memory."""
-    seeds: int = 1
-    """Runs of two ranks per script in the part ranks."""
     model: str | None = None
     """Folder of SmolLM2, for the time per joint sample in the part ranks."""
-    seed: int = 0
-    """Seed of the moments at which runs are killed."""
     flags: str = ""
-    """Flags for the runs of the parts kill, cost and ranks: '--num-train-epochs 2'."""
+    """Flags for the runs of all parts but memory: --flags='--num-train-epochs 2'."""
 
 
-def start(script: str, flags: list[str], launcher: list[str] | None = None, **more):
+def start(script: str, flags: list, launcher: list | None = None, threads="1", **more):
     """A run as a process; output goes to a pipe, and what it says on stderr to a file."""
     command = [*(launcher or [sys.executable]), str(ROOT / f"{script}.py"), *flags]
-    environment = more.pop("env", ONE_THREAD)
-    said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    out = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
-    run = subprocess.Popen(command, env=environment, **out, **more)
-    run.said = said
+    more |= {"env": {**os.environ, "OMP_NUM_THREADS": threads}, "text": True}
+    more |= {"stdout": subprocess.PIPE, "stderr": tempfile.TemporaryFile("w+")}  # noqa: SIM115
+    run = subprocess.Popen(command, **more)
+    run.said = more["stderr"]
     return run
+
+
+def started(script: str, flags: list, scratch: str, *more):
+    """Start a run; it and its folder, as soon as that is there."""
+    run = start(script, [*flags, "--output-dir", scratch], *more)
+    while not (found := list(Path(scratch).glob("*/metrics.jsonl"))):
+        time.sleep(0.001)
+        if run.poll() is not None:
+            finish(run)
+    return run, found[0].parent
 
 
 def finish(run: subprocess.Popen) -> tuple[Path, float]:
@@ -84,270 +96,194 @@ def finish(run: subprocess.Popen) -> tuple[Path, float]:
     return Path(out.split("run folder: ")[-1].strip()), time.perf_counter() - begin
 
 
-def outcome(folder: Path) -> dict[str, object]:
-    """All that two runs must have in common: weights, value heads, lines without times."""
+def children(run: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started, none for a plain run."""
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], stdout=subprocess.PIPE)  # noqa: PLW1510
+    return [int(word) for word in found.stdout.split()]
+
+
+def weights(folder: Path) -> dict[str, object]:
+    """The tensors of a run's trained models and value heads."""
     result: dict[str, object] = {}
     for path in sorted(folder.glob("*_*/*")):
-        if path.suffix == ".safetensors":
-            result[str(path.relative_to(folder))] = load_file(path)
-        elif path.suffix == ".pt":
-            weights = torch.load(path, weights_only=True)
-            result[str(path.relative_to(folder))] = weights
+        if path.suffix in (".safetensors", ".pt"):
+            load = load_file if path.suffix == ".safetensors" else torch.load
+            for key, tensor in load(path).items():
+                result[f"{path.relative_to(folder)}: {key}"] = tensor
+    return result
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that two runs must have in common: weights, value heads, lines without times."""
+    result = weights(folder)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = map(json.loads, (folder / name).read_text().splitlines())
-        result[name] = [
-            {k: v for k, v in line.items() if not k.startswith("time/")}
-            for line in lines
-        ]
+        result[name] = [json.loads(line) for line in (folder / name).open()]
+        for line in result[name]:
+            for key in [key for key in line if key.startswith("time/")]:
+                del line[key]
     return result
 
 
 def same(one: dict, other: dict) -> bool:
     """Whether two outcomes are equal, weights to the bit."""
-    if one.keys() != other.keys():
-        return False
-    for name, value in one.items():
-        if isinstance(value, list):
-            if value != other[name]:
-                return False
-        elif value.keys() != other[name].keys() or not all(
-            torch.equal(value[k], other[name][k]) for k in value
-        ):
-            return False
-    return True
+    return one.keys() == other.keys() and all(
+        value == other[name] if isinstance(value, list) else value.equal(other[name])
+        for name, value in one.items()
+    )
 
 
-def started(script: str, flags: list[str], scratch: str):
-    """Start a run; it and its folder, as soon as that is there."""
-    run = start(script, [*flags, "--output-dir", scratch])
-    while not (found := list(Path(scratch).glob("*/args.json"))):
-        time.sleep(0.001)
-        if run.poll() is not None:
-            sys.exit(f"{script} {' '.join(flags)} ended with {run.returncode}")
-    return run, found[0].parent
-
-
-def killed_run(
-    script: str, flags: list[str], moment: float, in_save: bool
-) -> tuple[Path, str]:
-    """Start a run and kill it at `moment` seconds after its folder was made.
-
-    in_save: kill it in the first save that is under way after that moment.
-    Returns its folder, and where it stood.
-    """
+def killed_run(script, flags, launcher, moment: float, in_save: bool) -> tuple:
+    """Kill a run `moment` seconds after its folder was made, or in the first save that is under
+    way after that; its folder, and where it stood."""
     with tempfile.TemporaryDirectory() as scratch:
-        run, folder = started(script, flags, scratch)
+        run, folder = started(script, flags, scratch, launcher)
         time.sleep(moment)
-        unfinished = folder / "checkpoint" / "unfinished"
+        unfinished = folder / "checkpoint.unfinished"
         while in_save and run.poll() is None and not unfinished.exists():
             pass
-        run.send_signal(signal.SIGKILL)
+        if run.poll() is None:
+            subprocess.call(["kill", "-KILL", str(run.pid), *map(str, children(run))])
         run.communicate()
         if run.returncode != -signal.SIGKILL:  # it was faster than the undisturbed one
-            return killed_run(script, flags, 0.9 * moment, in_save)
-        torn = "in a save" if unfinished.exists() else ""
-        saved = sorted(p.name[7:15] for p in folder.glob("checkpoint/update_*"))
+            return killed_run(script, flags, launcher, 0.9 * moment, in_save)
         kept = Path(tempfile.mkdtemp()) / folder.name
         folder.rename(kept)
-    return kept, f"{torn} checkpoints {saved}"
+    saved, torn = kept / "checkpoint.pt", (kept / unfinished.name).exists()
+    updates = torch.load(saved)["counts"]["updates"] if saved.exists() else "no"
+    return kept, f"{updates} updates saved{', in a save' * torn}"
 
 
-def part_kill(args: Args) -> bool:
+def kill(args: Args, script: str, launcher: list[str] | None = None) -> bool:
     """Kill, resume, compare."""
-    good = True
-    for script in args.scripts:
-        flags = [*args.flags.split(), "--save-interval", "20"]
-        with tempfile.TemporaryDirectory() as scratch:
-            folder, seconds = finish(started(script, flags, scratch)[0])
-            undisturbed = outcome(folder)
-        moments = random.Random(args.seed)
-        plans = [(moments.uniform(0, seconds), k % 4 == 3) for k in range(args.kills)]
-
-        def one(
-            plan: tuple[float, bool], script=script, flags=flags, whole=undisturbed
-        ):
-            kept, where = killed_run(script, flags, *plan)
-            folder, _ = finish(start(script, ["--resume", str(kept)]))
-            equal = same(outcome(folder), whole)
-            verdict = "same" if equal else f"DIFFERENT ({kept})"
-            print(
-                f"{script}, killed at {plan[0]:5.1f} s, {where}: {verdict}", flush=True
-            )
-            if equal:
-                subprocess.run(["rm", "-r", str(kept.parent)], check=True)
-            return equal
-
-        with ThreadPoolExecutor(args.processes) as pool:
-            results = list(pool.map(one, plans))
-        print(f"{script}: {sum(results)} of {len(results)} bit-identical", flush=True)
-        good &= all(results)
-    return good
-
-
-def part_cost(args: Args) -> bool:
-    """Time what save_checkpoint takes in a default run."""
-    code = (
-        "import sys, time; sys.path.insert(0, {root!r}); import common, {script} as script\n"
-        "spent = []; whole = common.Run.save_checkpoint\n"
-        "def timed(run):\n"
-        "    begin = time.perf_counter(); whole(run)\n"
-        "    spent.append(time.perf_counter() - begin)\n"
-        "common.Run.save_checkpoint = timed\n"
-        "flags = {flags!r} + ['--output-dir', {folder!r}, '--save-interval', '20']\n"
-        "args = common.parse_args(script.Args, flags)\n"
-        "begin = time.perf_counter(); script.train(args)\n"
-        "print('seconds', time.perf_counter() - begin, sum(spent), len(spent))\n"
-    )
-    good = True
-    for script in args.scripts:
-        with tempfile.TemporaryDirectory() as folder:
-            text = code.format(
-                root=str(ROOT), script=script, folder=folder, flags=args.flags.split()
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", text], check=True, capture_output=True, text=True
-            )
-        words = done.stdout.split("seconds ")[-1].split()
-        whole, saves, count = float(words[0]), float(words[1]), int(words[2])
-        share = saves / (whole - saves)
-        print(
-            f"{script}: {count} saves, {saves / count * 1000:.0f} ms each,"
-            f" {100 * share:.1f} % of {whole:.0f} s",
-            flush=True,
-        )
-        good &= share <= 0.05
-    return good
-
-
-def resident(process: int) -> float:
-    """Resident memory of a process in MB."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1000
-
-
-def part_memory(args: Args) -> bool:
-    """Memory after 500 updates and at the end."""
-    good = True
-    for script in args.scripts:
-        with tempfile.TemporaryDirectory() as scratch:
-            epochs = -(-args.updates * 8 // 1000)
-            flags = ["--rollout-buffer-size", "8", "--num-train-epochs", str(epochs)]
-            flags += ["--logging-steps", "8", "--output-dir", scratch]
-            run = start(script, flags)
-            measured: list[tuple[int, float]] = []
-            while run.poll() is None:
-                time.sleep(0.5)
-                for path in Path(scratch).glob("*/metrics.jsonl"):
-                    with open(path, "rb") as file:
-                        file.seek(max(0, path.stat().st_size - 5000))
-                        update = re.findall(rb'"update": (\d+)', file.read())
-                    if update and run.poll() is None:
-                        measured.append((int(update[-1]), resident(run.pid)))
-            finish(run)
-        first = next(memory for update, memory in measured if update >= 500)
-        last, end = measured[-2]
-        growth = 100 * (end / first - 1)
-        print(
-            f"{script}: {first:.0f} MB after 500 updates, {end:.0f} MB after {last}"
-            f" ({growth:+.1f} %), at most {max(m for _, m in measured):.0f} MB",
-            flush=True,
-        )
-        good &= growth <= 5
-    return good
-
-
-def learned(script: str, seed: int, flags: list[str], launcher: list[str]) -> float:
-    """The mean reward in the last tenth of a default run."""
+    flags = [*args.flags.split(), "--save-interval", "20"]
     with tempfile.TemporaryDirectory() as scratch:
-        flags = [*flags, "--seed", str(seed), "--output-dir", scratch]
-        folder, _ = finish(start(script, flags, launcher))
+        folder, seconds = finish(started(script, flags, scratch, launcher)[0])
+        whole = outcome(folder)
+
+    def one(plan: tuple[float, bool]) -> bool:
+        kept, where = killed_run(script, flags, launcher, *plan)
+        folder, _ = finish(start(script, ["--resume", str(kept)], launcher))
+        equal = same(outcome(folder), whole)
+        verdict = "same" if equal else f"DIFFERENT, see {kept}"
+        print(f"{script}, killed after {plan[0]:5.1f} s, {where}: {verdict}")
+        if equal:
+            shutil.rmtree(kept.parent)
+        return equal
+
+    kills, moments = args.rank_kills if launcher else args.kills, random.Random(0)
+    plans = [(moments.uniform(0, seconds), k % 4 == 3) for k in range(kills)]
+    with ThreadPoolExecutor(1 if launcher else 2) as pool:
+        results = list(pool.map(one, plans))
+    print(f"{script}, ranks {1 + bool(launcher)}: {sum(results)} of {kills} the same")
+    return all(results)
+
+
+kill_ranks = partial(kill, launcher=PAIR)
+
+
+def cost(args: Args, script: str) -> bool:
+    """Whether at most 5 % of a default run go into its checkpoints."""
+    spent, save, module = [], common.Run.save_checkpoint, __import__(script)
+
+    def timed(run: common.Run) -> None:
+        begin = time.perf_counter()
+        save(run)
+        spent.append(time.perf_counter() - begin)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*args.flags.split(), "--save-interval", "20", "--output-dir", scratch]
+        common.Run.save_checkpoint, begin = timed, time.perf_counter()
+        module.train(common.parse_args(module.Args, flags))
+        common.Run.save_checkpoint, seconds = save, time.perf_counter() - begin
+    share = sum(spent) / (seconds - sum(spent))
+    each = f"{len(spent)} saves, {1000 * statistics.mean(spent):.0f} ms each"
+    print(f"{script}: {each}, {100 * share:.1f} % of {seconds:.0f} s")
+    return share <= 0.05
+
+
+def memory(args: Args, script: str) -> bool:
+    """Whether memory grows by at most 5 % from 500 updates to the end."""
+    measured: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = ["--num-train-epochs", str(-(-args.updates * 8 // 1000))]
+        flags += ["--rollout-buffer-size", "8", "--logging-steps", "8"]
+        run, folder = started(script, flags, scratch)
+        while run.poll() is None:
+            time.sleep(0.5)
+            with open(folder / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
+                updates = re.findall(rb'"update": (\d+)', file.read())
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            if updates and (resident := re.search(r"VmRSS:\s+(\d+) kB", status)):
+                measured.append((int(updates[-1]), int(resident[1]) / 1000))
+        finish(run)
+    first = next(megabytes for update, megabytes in measured if update >= 500)
+    last, end = [pair for pair in measured if pair[0] < measured[-1][0]][-1]
+    growth = 100 * (end / first - 1)
+    text = f"{first:.0f} MB after 500 updates, {end:.0f} after {last}"
+    print(f"{script}: {text}: {growth:+.1f} %")
+    return growth <= 5
+
+
+def learns(script: str, flags: list[str]) -> bool:
+    """Whether a default run of two ranks ends with a mean reward of 0.9 in the last tenth."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, seconds = finish(started(script, flags, scratch, PAIR)[0])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     rewards = [line["rollout/reward"] for line in lines if "rollout/reward" in line]
-    tenth = statistics.mean(rewards[-(len(rewards) // 10) :])
-    print(
-        f"{script}, 2 ranks, seed {seed}: {rewards[0]:.3f} at first, {tenth:.3f} in the"
-        f" last tenth, {lines[-1]['time/seconds']:.0f} s",
-        flush=True,
-    )
-    return tenth
+    tenth = statistics.mean(rewards[-math.ceil(len(rewards) / 10) :])
+    print(f"{script}, 2 ranks: {tenth:.3f} at the end, {seconds:.0f} s")
+    return tenth >= 0.9
 
 
-def part_ranks(args: Args) -> bool:
+def survives(script: str, flags: list[str], victim: int) -> bool:
+    """Kill one of two ranks; whether all have ended within 30 s."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run, folder = started(script, flags, scratch, PAIR)
+        while not (folder / "checkpoint.pt").exists():
+            time.sleep(0.1)
+        workers, begin = children(run), time.perf_counter()
+        os.kill(workers[victim], signal.SIGKILL)
+        run.communicate()
+    seconds = time.perf_counter() - begin
+    alive = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    print(f"{script}: rank {victim} killed, {alive} left, {seconds:.1f} s")
+    return seconds < 30 and not alive
+
+
+def ranks(args: Args, script: str) -> bool:
     """Two processes: learning, the death of one, time per joint sample."""
-    good = True
-    pair = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
-    for script in args.scripts:
-        flags = [*args.flags.split(), "--save-interval", "20"]
-        seeds = range(1, args.seeds + 1)
-        tenths = [learned(script, seed, flags, pair) for seed in seeds]
-        good &= sum(tenth >= 0.9 for tenth in tenths) >= 0.9 * args.seeds
-        for victim in (0, 1):
-            with tempfile.TemporaryDirectory() as scratch:
-                run = start(script, [*flags, "--output-dir", scratch], pair)
-                while not list(Path(scratch).glob("*/checkpoint/update_*")):
-                    time.sleep(0.1)
-                workers = subprocess.run(
-                    ["pgrep", "-P", str(run.pid)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout.split()
-                os.kill(int(workers[victim]), signal.SIGKILL)
-                begin = time.perf_counter()
-                run.communicate()
-                seconds = time.perf_counter() - begin
-            alive = [w for w in workers if Path(f"/proc/{w}").exists()]
-            print(
-                f"{script}: rank {victim} killed, all ended after {seconds:.1f} s, alive {alive}",
-                flush=True,
-            )
-            good &= seconds < 30 and not alive
-        if args.model:
-            good &= ranks_on_a_real_model(script, args.model)
-    return good
+    flags = [*args.flags.split(), "--save-interval", "20"]
+    good = learns(script, flags)
+    good &= survives(script, flags, 0) & survives(script, flags, 1)
+    return good & (args.model is None or ranks_on_a_real_model(script, args.model))
 
 
 def ranks_on_a_real_model(script: str, model: str) -> bool:
     """The time per joint sample of 2 ranks of one thread over that of a process of two."""
-    flags = (
-        f"--agent-model {model} --task length_ratio --max-new-tokens 64 --entropy-coef 0"
-        " --agent-learning-rate 2e-5 --critic-learning-rate 1e-4 --rollout-buffer-size 16"
-        " --micro-batch-size 4 --num-train-epochs 1 --logging-steps 1 --eval-num-samples 1"
-        " --dtype bfloat16 --save-interval 0"
-    ).split()
+    flags = f"--agent-model {model} --task {ROOT}/tests/tasks/length_ratio.py"
+    flags += " --max-new-tokens 64 --rollout-buffer-size 16 --micro-batch-size 4"
+    flags += " --agent-learning-rate 2e-5 --critic-learning-rate 1e-4 --entropy-coef 0"
+    flags += " --num-train-epochs 1 --eval-num-samples 1 --logging-steps 1"
+    flags += " --dtype bfloat16 --save-interval 0"
     rates = []
-    for launcher, threads in (
-        ([*TORCHRUN, "--standalone", "--nproc-per-node", "2"], "1"),
-        (None, "2"),
-    ):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    for more in ((PAIR, "1"), (None, "2")):
         with tempfile.TemporaryDirectory() as scratch:
-            run = start(
-                script, [*flags, "--output-dir", scratch], launcher, env=environment
-            )
-            folder, _ = finish(run)
+            folder, _ = finish(started(script, flags.split(), scratch, *more)[0])
             lines = [json.loads(x) for x in (folder / "metrics.jsonl").open()]
             rates.append(lines[-2]["time/samples_per_second"])
-    ratio = rates[1] / rates[0]
-    print(
-        f"{script}, SmolLM2: {1 / rates[0]:.2f} s per joint sample with 2 ranks,"
-        f" {1 / rates[1]:.2f} s with one process: {ratio:.2f}",
-        flush=True,
-    )
-    return ratio <= 1.1
+    two, one = (1 / rate for rate in rates)
+    text = f"{two:.2f} s per joint sample with 2 ranks, {one:.2f} s with one process"
+    print(f"{script}, SmolLM2: {text}: {two / one:.2f}")
+    return two / one <= 1.1
 
 
 def main(args: Args) -> None:
     """Run the parts; exit 1 if one fails its bar."""
-    parts = {
-        "kill": part_kill,
-        "cost": part_cost,
-        "memory": part_memory,
-        "ranks": part_ranks,
-    }
-    results = {part: parts[part](args) for part in args.parts}
+    sys.stdout.reconfigure(line_buffering=True)
+    results = {p: [globals()[p](args, s) for s in args.scripts] for p in args.parts}
     print(results)
-    sys.exit(not all(results.values()))
+    sys.exit(not all(map(all, results.values())))
 
 
 if __name__ == "__main__":
