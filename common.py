@@ -350,11 +350,13 @@ def checked_prompt(prompt: Any) -> Prompt:
 
 def checked_numbers(values: Any, count: int) -> list[float]:
     """The values as floats; InputError unless they are a list of `count` finite numbers."""
-    numbers = np.asarray(values)
-    good = numbers.shape == (count,) and numbers.dtype.kind in "biuf"
-    good = good and bool(np.isfinite(numbers).all())
+    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    good = isinstance(rows, list | tuple) and len(rows) == count
+    if good:  # numbers of numpy, and tensors without a dimension, are numbers too
+        rows = [row.item() if getattr(row, "shape", 0) == () else row for row in rows]
+        good = all(isinstance(v, int | float) and math.isfinite(v) for v in rows)
     require(good, f"expected a list of {count} finite numbers, got {shown(values)}")
-    return numbers.astype(float).tolist()
+    return [float(value) for value in rows]
 
 
 def sum_to_target(args: Any) -> Task:
@@ -534,24 +536,38 @@ def probe(learner: Learner, writes: bool) -> None:
     """Raise InputError for a model that does not read a text in a left-padded batch as it reads
     it alone; for one that writes, also with a cache."""
     model, known = learner.model, sorted(learner.tokenizer.get_vocab().values())
-    long, short = known[-6:], known[-3:]
-    ids = torch.tensor([long, short + short], device=model.device)
-    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3], device=model.device)
+    ids = torch.tensor([(known * 12)[-12:]] * 2, device=model.device)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    alone = model(input_ids=ids[1:, 3:])[0][0, -1]
-    output = model(**inputs, use_cache=False, output_hidden_states=True)
-    found = [output[0][1, -1]]
+    alone = model(input_ids=ids[1:, 5:])[0][0, -1]
+    keep = {"logits_to_keep": torch.tensor([11], device=model.device)} if writes else {}
+    output = model(**inputs, **keep, use_cache=False, output_hidden_states=True)
+    found, hidden = [output[0][1, -1]], output[0]
     if writes:  # all but the last token, and then that one
-        first = model(**{k: x[:, :5] for k, x in inputs.items()}, use_cache=True)
-        inputs |= {k: inputs[k][:, 5:] for k in ("input_ids", "position_ids")}
+        first = model(**{k: x[:, :11] for k, x in inputs.items()}, use_cache=True)
+        inputs |= {k: inputs[k][:, 11:] for k in ("input_ids", "position_ids")}
         found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
-    off = max((x - alone).norm() / alone.norm() for x in found)
-    require(off < 1e-3, "it reads a text in a left-padded batch otherwise than alone")
-    width = (output.hidden_states[-1] if writes else output[0]).shape[-1]
-    size = model.config.get_text_config().hidden_size
+        size, hidden = (
+            (2, 1, model.get_input_embeddings().num_embeddings),
+            output.hidden_states[-1],
+        )
+        require(
+            output[0].shape == size,
+            f"its scores are {tuple(output[0].shape)}, not {size}",
+        )
+        require(
+            model.base_model is not model, "it names no base_model, for a value head"
+        )
+    # a head may give some tokens -inf, or the least number that there is
+    alone, *found = (x.masked_fill(x < -1e4, 0.0) for x in (alone, *found))
+    same = all((x - alone).norm() < 1e-3 * alone.norm() for x in found)
+    require(same, "it reads a text in a left-padded batch otherwise than alone")
+    size = (2, 12, model.config.get_text_config().hidden_size)
     require(
-        width == size, f"its last hidden state is {width} wide, not hidden_size {size}"
+        hidden.shape == size,
+        f"its last hidden state is {tuple(hidden.shape)}, not {size}",
     )
 
 
@@ -801,8 +817,8 @@ class Logs:
             options |= {"sync_tensorboard": True, "config": flags}
             options |= json_object(flags["wandb_config"], "wandb_config")
             with attempting("wandb_config needs wandb and tensorboard, and a login"):
-                import tensorboard  # noqa: F401 - W&B is told what TensorBoard is told
                 import wandb
+                from tensorboard import __version__  # noqa: F401 - W&B is told through it
 
                 self.wandb = wandb.init(**options)
         with suppress(ImportError):
@@ -814,7 +830,9 @@ class Logs:
         """Append a line of JSON to a file of the run folder."""
         if rank() == 0:
             with open(self.folder / name, "a") as file:
-                file.write(json.dumps(line, default=str, skipkeys=True) + "\n")
+                text = json.dumps(line, default=str, skipkeys=True)
+                line = json.loads(text, parse_constant=str)  # NaN is no JSON
+                file.write(json.dumps(line) + "\n")
 
     def metrics(self, metrics: dict[str, float], step: int, update: int) -> None:
         """Write a line of metrics, with their means over agents and over critics."""
@@ -1013,7 +1031,8 @@ class Run:
             self.logs.samples(samples, self.args.log_samples, self.items, "eval")
             if rank() == 0:
                 done = f"return {metrics['eval/return']:.3f}"
-                self.bar.write(f"evaluation after {self.items} items: {done}")
+                tell = self.bar.write if sys.stderr.isatty() else print
+                tell(f"evaluation after {self.items} items: {done}")
         self.evaluated, self.shown, self.whole = self.items, samples[:3], True
         self.pause(self.args.save_interval > 0 and self.items == self.total_items)
 

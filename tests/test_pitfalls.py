@@ -497,7 +497,7 @@ UNFIT = [
     ("Roberta", {**SIZES, "is_decoder": True}, "agent", PADDED),  # from another number
     ("RecurrentGemma", {**SIZES, **GRIFFIN}, "critic", PADDED),  # in its states
     ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2}, "agent", PADDED),  # by cache
-    ("OPT", {**SIZES, "word_embed_proj_dim": 16}, "critic", "is 16 wide"),
+    ("OPT", {**SIZES, "word_embed_proj_dim": 16}, "critic", "last hidden state"),
 ]
 
 

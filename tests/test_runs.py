@@ -236,8 +236,7 @@ def test_a_turn_that_cannot_be_read(script, every, tmp_path, capsys):
 
     task = small_task(8, external_transition=go_on)
     args = tiny_args(script, tmp_path, num_turns=2, rollout_buffer_size=16)
-    folder = script.train(args, task)
-    (metrics,) = [m for m in lines(folder) if "rollout/reward" in m]
+    (metrics,) = [m for m in lines(script.train(args, task)) if "rollout/reward" in m]
     assert metrics["rollout/unreadable"] == 1 / every
     assert metrics["rollout/turns"] == 2 - 1 / every
     assert math.isfinite(metrics["losses/policy_loss"])
