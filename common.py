@@ -181,35 +181,30 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     return tyro.cli(args_class, args=arguments, default=run)
 
 
+LIMITS = (  # flags, what they must be, whether a value is that
+    ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
+        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
+        critic_value_head_hidden_dim value_clip_range eval_num_samples eval_batch_size
+        logging_steps agent_learning_rate critic_learning_rate temperature""",
+     "above 0", lambda v: 0 < v < math.inf),
+    ("value_loss_coef entropy_coef max_grad_norm eval_interval save_interval log_samples",
+     "at least 0", lambda v: 0 <= v < math.inf),
+    ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
+    ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
+    ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
+    ("critic_type", "v or q", lambda v: v in ("v", "q")),
+    ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
+)  # fmt: skip
+
+
 def check_args(args: Any) -> None:
     """Raise InputError for a flag that cannot be used."""
-    above_0 = """num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
-        top_p temperature rollout_buffer_size train_batch_size micro_batch_size
-        value_head_hidden_dim critic_value_head_hidden_dim value_clip_range eval_num_samples
-        eval_batch_size logging_steps agent_learning_rate critic_learning_rate"""
-    at_least_0 = """seed discount value_loss_coef entropy_coef max_grad_norm eval_interval
-        save_interval log_samples"""
-    for names, limit in ((above_0, "above 0"), (at_least_0, "at least 0")):
+    for names, limit, fits in LIMITS:
         for name in names.split():
             value = getattr(args, name, None)
-            good = (
-                value is None
-                or 0 < value < math.inf
-                or (limit, value) == ("at least 0", 0)
-            )
-            require(good, f"{name} must be {limit}, got {value}")
-    for name, most in (("top_p", 1), ("discount", 1), ("seed", 2**31)):
-        value = getattr(args, name)
-        require(value <= most, f"{name} must be at most {most}, got {value}")
-    for name, words in (
-        ("critic_type", ("v", "q")),
-        ("dtype", ("float32", "bfloat16")),
-    ):
-        value = getattr(args, name)
-        require(value in words, f"{name} must be {' or '.join(words)}, got {value!r}")
-    threshold = args.early_termination_threshold
-    good = threshold is None or not math.isnan(threshold)
-    require(good, f"early_termination_threshold must be a number, got {threshold}")
+            good = value is None or fits(value)
+            require(good, f"{name} must be {limit}, got {value!r}")
     both = args.resume is not None and args.eval_only
     require(not both, "resume goes on with training, and eval_only trains nothing")
 
@@ -236,7 +231,9 @@ def seeded(args: Any, *place: str | int) -> torch.Generator:
     the CPU, so that every device draws the same. Python, numpy and torch are seeded as well,
     for users' functions, which cannot touch the run's own."""
     number = random.Random(f"{args.seed} {place}").getrandbits(32)
-    transformers.set_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
     return torch.Generator().manual_seed(number + 1)
 
 
