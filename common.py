@@ -245,7 +245,7 @@ class Sample:
     """One turn of one episode: what N agents read and wrote, what the team was paid."""
 
     item: dict
-    episode: int
+    episode: int  # its number within one call of play
     turn: int
     prompts: list[Prompt]  # one per agent, as in the four lists below
     history: "list[Sample]" = field(default_factory=list)  # the episode's turns before
@@ -284,11 +284,12 @@ class Task:
         formatter = self.formatters
         if isinstance(formatter, Sequence):
             formatter = formatter[agent]
-        who = f"formatter of agent {agent}" if formatter else "without a formatter"
+        own = formatter is None
+        who = "without a formatter" if own else f"formatter of agent {agent}"
         with attempting(f"task {self.name!r}, item {shown(item)}: {who}"):
             require(isinstance(item, dict), "an item must be a dict")
             item = copy.deepcopy(item)
-            return checked_prompt(formatter(item) if formatter else item.get("prompt"))
+            return checked_prompt(item.get("prompt") if own else formatter(item))
 
     def pay(self, samples: list[Sample]) -> list[float]:
         """The rewards of the joint samples of one item, a finite number each."""
@@ -396,7 +397,7 @@ def run_task_file(args: Any) -> Task:
         sys.path.append(str(path.resolve().parent))  # it may import what is beside it
         spec.loader.exec_module(module)
         make = getattr(module, "make_task", None)
-        task = make(args) if make else getattr(module, "task", None)
+        task = make(copy.deepcopy(args)) if make else getattr(module, "task", None)
         kinds = "it must define `task`, a common.Task, or `make_task(args)` that returns one"
         require(isinstance(task, Task), f"{kinds}, got {type(task).__name__}")
     return replace(task, name=path.stem)
@@ -646,7 +647,7 @@ def render(prompt: Prompt) -> str:
 def restore_value_head(learner: Learner) -> None:
     """Load the value head that a run saved in the folder that a learner is from, if any."""
     path = Path(learner.source) / "value_head.pt"
-    if learner.value_head is not None and path.is_file():
+    if learner.value_head is not None and learner.source != "tiny" and path.is_file():
         with attempting(f"{str(path)!r} is of another value_head_hidden_dim"):
             weights = torch.load(path, "cpu", weights_only=True)
             learner.value_head.load_state_dict(weights)
@@ -749,7 +750,7 @@ def rollout_metrics(
     if task.metrics_callback is not None:
         with attempting(f"task {task.name!r}: metrics_callback"):
             own = task.metrics_callback(copy.deepcopy(samples))
-            metrics |= {str(name): float(value) for name, value in own.items()}
+            metrics = {str(name): float(x) for name, x in own.items()} | metrics
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     return {f"{prefix}/{name}": float(value) for name, value in finite.items()}
 
@@ -826,10 +827,11 @@ class Logs:
     def write(self, name: str, line: dict[str, Any]) -> None:
         """Append a line of JSON to a file of the run folder."""
         if rank() == 0:
-            with open(self.folder / name, "a") as file:
+            with attempting(f"a line of {name} cannot be written"):
                 text = json.dumps(line, default=str, skipkeys=True)
                 line = json.loads(text, parse_constant=str)  # NaN is no JSON
-                file.write(json.dumps(line) + "\n")
+                with open(self.folder / name, "a") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def metrics(self, metrics: dict[str, float], step: int, update: int) -> None:
         """Write a line of metrics, with their means over agents and over critics."""
@@ -903,8 +905,10 @@ class Run:
             folder = folder.with_name(folder.name + "_")
         self.folder = gather(Path(args.resume or folder))[0]
         self.checkpoint = self.folder / "checkpoint.pt"
+        given = getattr(args, "critics", ()) or getattr(args, "critic_model", None)
         for learner in learners if not args.eval_only else ():
-            restore_value_head(learner)
+            if given or learner.name.startswith("agent"):
+                restore_value_head(learner)
         if args.resume:
             self.restore()
 

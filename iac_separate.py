@@ -370,13 +370,15 @@ def minibatches(
     """The places of a buffer's samples in random order, cut into minibatches, and the share of
     each in the buffer; over all ranks, which take as many steps each. Within one, samples
     stand by length, so that micro-batches need little padding."""
-    (count,) = common.total(len(samples))
-    number = math.ceil(count / (args.train_batch_size or count))
+    counts = common.gather(len(samples))
+    number = math.ceil(sum(counts) / (args.train_batch_size or sum(counts)))
+    first = sum(counts[: common.rank()])  # the ranks deal one after another
     order = torch.randperm(len(samples), generator=generator)
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
-    parts = order.tensor_split(number)
-    batches = [sorted(part.tolist(), key=lengths.__getitem__) for part in parts]
-    return batches, [size / count for size in common.total(*map(len, batches))]
+    parts = [order[(k - first) % number :: number].tolist() for k in range(number)]
+    batches = [sorted(part, key=lengths.__getitem__) for part in parts]
+    sizes = common.total(*map(len, batches))
+    return batches, [size / sum(counts) for size in sizes]
 
 
 def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, float]:
@@ -495,7 +497,8 @@ def train(args: Args, task: Task | None = None) -> Path:
             shuffle = common.seeded(args, "epoch", epoch)  # the same on every rank
             order = torch.randperm(len(task.train_dataset), generator=shuffle).tolist()
             generator = common.seeded(args, "update", run.updates, common.rank())
-            samples = collect(actors, critics, task, order[played:], generator, args)
+            places = order[played : played + args.rollout_buffer_size]  # enough of them
+            samples = collect(actors, critics, task, places, generator, args)
             run.begin_update(samples)
             run.log_update(update(actors, critics, samples, generator, args))
             if run.evaluation_due():
