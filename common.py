@@ -617,7 +617,8 @@ def encode(
         rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
         more = actions and tokenizer(actions, add_special_tokens=False).input_ids
     config = learner.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = min(getattr(config, name, None) or math.inf for name in names)
     for k, sample in enumerate(samples):
         begun = rows[k][: len(openings[k])] == openings[k]
         ids = ([] if begun else openings[k]) + rows[k] + (more[k] if more else [])
