@@ -161,8 +161,13 @@ class TaskArgs(RunArgs):
     """Tokenizer of every model; None = each model's own."""
     model_config: str = "{}"
     """JSON keyword arguments of from_pretrained, or of the tiny model's LlamaConfig."""
+    lora_rank: int | None = None
+    """Rank of adapters on all linear layers: learners of one source share its frozen weights, in
+    dtype; None = train all weights, each learner its own."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
     dtype: str = "float32"
-    """Compute type: float32, or bfloat16 by autocast; weights are float32 always."""
+    """Compute type: float32, or bfloat16 by autocast; what is trained is float32 always."""
     external_prompt_passthrough: bool = False
     """Use the transition's prompts as they are, not through the formatters."""
 
@@ -183,7 +188,7 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
 
 LIMITS = (  # flags, what they must be, whether a value is that
     ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
-        rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
+        lora_rank rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
         critic_value_head_hidden_dim value_clip_range eval_num_samples eval_batch_size
         logging_steps agent_learning_rate critic_learning_rate temperature""",
      "above 0", lambda v: 0 < v < math.inf),
@@ -448,10 +453,17 @@ class Learner(nn.Module):
         super().__init__()
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.model, self.value_head, self.optimizer = model, None, None
+        self.base: tuple = ()  # of adapters: the model whose frozen weights are shared
         self.opening: list[int] = []  # the special tokens that begin a text
         self.end_ids: list[int] = []  # the tokens that end a completion
         self.unknown_ids = torch.zeros(0, dtype=torch.long)  # embedded, but no tokens
         self.told = False  # of the first turn that it could not read
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state_dict without what is frozen."""
+        every = self.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in every if not parameter.requires_grad}
+        return {k: x for k, x in self.state_dict().items() if k not in frozen}
 
 
 def pick_device(args: Any, place: int) -> torch.device:
@@ -470,7 +482,10 @@ def pick_device(args: Any, place: int) -> torch.device:
 
 
 def autocast(learner: Learner, args: Any) -> torch.autocast:
-    """The context in which a learner's model computes in args.dtype."""
+    """The context of a model's forward pass, which computes in args.dtype; activations are
+    checkpointed where gradients are taken, which transformers does in train mode alone."""
+    if args.gradient_checkpointing:
+        learner.model.train(torch.is_grad_enabled())
     half = args.dtype == "bfloat16"
     return torch.autocast(learner.model.device.type, torch.bfloat16, enabled=half)
 
@@ -493,8 +508,9 @@ TINY = {  # the built-in model: a Llama of 0.1 million parameters over those cha
 }  # fmt: skip
 
 
-def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
-    """A model in float32 without dropout. Raises InputError where weights are missing."""
+def load_model(source: str, auto_class: Any, options: dict, args: Any) -> nn.Module:
+    """A model in eval mode, without dropout. Weights are float32, but for those that adapters
+    leave alone: in args.dtype. Raises InputError where weights are missing."""
     if source == "tiny":
         model = auto_class.from_config(LlamaConfig(**{**TINY, **options}))
     else:
@@ -508,6 +524,27 @@ def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
             rate = "drop" in key or (key == "p" and isinstance(part, nn.Dropout))
             if rate and isinstance(value, float):
                 setattr(part, key, 0.0)
+    if args.lora_rank is not None:
+        model.to(getattr(torch, args.dtype))
+    head = model.get_output_embeddings()
+    if args.dtype == "bfloat16" and head is not None:  # the scores are float32 always
+        head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        kind = pick_device(args, 0).type
+        head.forward = torch.autocast(kind, enabled=False)(head.forward)
+    return model.eval()
+
+
+def adapted(base: nn.Module, rank: int) -> nn.Module:
+    """A model over the very weights of `base`, which are frozen, with low-rank adapters of its
+    own, in float32, on all linear layers: W + BA (LoRA, arXiv 2106.09685), B = 0 at first."""
+    with attempting("lora_rank needs peft: pip install peft"):
+        from peft import LoraConfig, inject_adapter_in_model
+    model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = inject_adapter_in_model(config, model)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
     return model
 
 
@@ -537,43 +574,38 @@ def probe(learner: Learner, writes: bool) -> None:
     ids = torch.tensor([(known * 12)[-12:]] * 2, device=model.device)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places}
     alone = model(input_ids=ids[1:, 5:])[0][0, -1]
-    keep = {"logits_to_keep": torch.tensor([11], device=model.device)} if writes else {}
+    keep = {"logits_to_keep": ids.new_tensor([11])} if writes else {}
     output = model(**inputs, **keep, use_cache=False, output_hidden_states=True)
-    found, hidden = [output[0][1, -1]], output[0]
+    width = model.config.get_text_config().hidden_size
+    shapes = [output[0].shape, output.hidden_states[-1].shape]
+    rows, hidden = model.get_input_embeddings().num_embeddings, (2, 12, width)
+    sizes = [(2, 1, rows) if writes else hidden, hidden]
+    why = f"its output and last hidden state are {shapes}, not {sizes}"
+    require(shapes == sizes, why)
+    found = [output[0][1, -1]]
     if writes:  # all but the last token, and then that one
-        first = model(**{k: x[:, :11] for k, x in inputs.items()}, use_cache=True)
-        inputs |= {k: inputs[k][:, 11:] for k in ("input_ids", "position_ids")}
-        found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
-        size, hidden = (
-            (2, 1, model.get_input_embeddings().num_embeddings),
-            output.hidden_states[-1],
-        )
-        require(
-            output[0].shape == size,
-            f"its scores are {tuple(output[0].shape)}, not {size}",
-        )
         require(
             model.base_model is not model, "it names no base_model, for a value head"
         )
+        first = model(**{k: x[:, :11] for k, x in inputs.items()}, use_cache=True)
+        inputs |= {k: inputs[k][:, 11:] for k in ("input_ids", "position_ids")}
+        found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
     # a head may give some tokens -inf, or the least number that there is
     alone, *found = (x.masked_fill(x < -1e4, 0.0) for x in (alone, *found))
     same = all((x - alone).norm() < 1e-3 * alone.norm() for x in found)
     require(same, "it reads a text in a left-padded batch otherwise than alone")
-    size = (2, 12, model.config.get_text_config().hidden_size)
-    require(
-        hidden.shape == size,
-        f"its last hidden state is {tuple(hidden.shape)}, not {size}",
-    )
 
 
 def load_learners(
-    role: str, auto_class: Any, names: Sequence[str], count: int, args: Any
-) -> list[Learner]:
+    role: str, auto_class: Any, names: Sequence[str], count: int, args: Any,
+    others: Sequence[Learner] = (),
+) -> list[Learner]:  # fmt: skip
     """The actors (role "agent") or the critics ("critic"), without optimizers or value heads
-    yet. Each tiny model has weights of its own. Raises InputError for what cannot be used."""
+    yet. Each tiny model has weights of its own; adapters share those of one source, with
+    `others` too. Raises InputError for what cannot be used."""
     require(len(names) == count, f"{role}s lists {len(names)}, expected {count}")
     options, learners = json_object(args.model_config, "model_config"), []
     hub = {key: options[key] for key in {"revision", "token"} & set(options)}
@@ -591,10 +623,19 @@ def load_learners(
         seeded(args, "weights", place)
         with attempting(f"model {source!r} cannot be used"):
             loads = options if source == "tiny" else options | hub
-            model = load_model(source, auto_class, loads).to(pick_device(args, place))
-            learners.append(Learner(f"{role}_{k}", source, model, tokenizer))
-            read_vocabulary(learners[-1])
-            probe(learners[-1], writes=role == "agent")
+            device = pick_device(args, place)
+            bases = [x for x in (*others, *learners) if x.base and x.source == source]
+            shared = [x.base[0] for x in bases if x.base[0].device == device]
+            model = shared[0] if shared else load_model(source, auto_class, loads, args)
+            model = model.to(device) if role == "agent" else model.to(device).base_model
+            learner = Learner(f"{role}_{k}", source, model, tokenizer)
+            learners.append(learner)
+            read_vocabulary(learner)
+            probe(learner, writes=role == "agent")
+            if args.lora_rank is not None:
+                learner.model, learner.base = adapted(model, args.lora_rank), (model,)
+            if args.gradient_checkpointing:
+                learner.model.activation_checkpointing_enable()
     return learners
 
 
@@ -657,7 +698,21 @@ def restore_value_head(learner: Learner) -> None:
 def save_learner(learner: Learner, folder: Path) -> None:
     """Write a learner as a folder that from_pretrained takes, and its value head."""
     with attempting(f"{str(folder)!r} cannot be written"):
-        learner.model.save_pretrained(folder)
+        model = learner.model
+        if learner.base:  # W + BA, in float32
+            import peft
+            from safetensors.torch import save_file
+
+            model = copy.deepcopy(learner.base[0]).float()
+            for name, layer in learner.model.named_modules():
+                if hasattr(layer, "get_delta_weight"):
+                    delta = layer.get_delta_weight("default")
+                    model.get_submodule(name).weight.data += delta
+            learner.model.peft_config["default"].save_pretrained(folder / "adapter")
+            weights = peft.get_peft_model_state_dict(learner.model)
+            weights = {f"base_model.model.{k}": x for k, x in weights.items()}
+            save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+        model.save_pretrained(folder)
         learner.tokenizer.save_pretrained(folder)
         if learner.value_head is not None:
             torch.save(learner.value_head.state_dict(), folder / "value_head.pt")
@@ -932,7 +987,8 @@ class Run:
                 require(file.testzip() is None, "a checksum is wrong")
             state = torch.load(self.checkpoint, "cpu", weights_only=True)
             for learner in self.learners:
-                learner.load_state_dict(state["weights"][learner.name])
+                weights, strict = state["weights"][learner.name], not learner.base
+                learner.load_state_dict(weights, strict=strict)
                 learner.optimizer.load_state_dict(state["optimizers"][learner.name])
         vars(self).update(state["counts"])
         played = f"it has played {self.items} items of {self.total_items}"
@@ -1057,7 +1113,7 @@ class Run:
         with attempting(f"the checkpoint cannot be written to {str(self.folder)!r}"):
             self.sizes = self.logs.sync()
             state = {"counts": {name: getattr(self, name) for name in self.COUNTS}}
-            state["weights"] = {x.name: x.state_dict() for x in self.learners}
+            state["weights"] = {x.name: x.trained_state() for x in self.learners}
             optimizers = {x.name: x.optimizer.state_dict() for x in self.learners}
             try:
                 with open(aside, "wb") as file:

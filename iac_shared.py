@@ -111,7 +111,8 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
 
 def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
     """The optimizer of a model, and of its value head, which learns at the critic's rate."""
-    groups = [{"params": list(learner.model.parameters()), "lr": learning_rate}]
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "lr": learning_rate}]
     if learner.value_head is not None:
         head = list(learner.value_head.parameters())
         groups += [{"params": head, "lr": args.critic_learning_rate}]

@@ -112,7 +112,8 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
 
 def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
     """The optimizer of a model, and of its value head, which learns at the critic's rate."""
-    groups = [{"params": list(learner.model.parameters()), "lr": learning_rate}]
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "lr": learning_rate}]
     if learner.value_head is not None:
         head = list(learner.value_head.parameters())
         groups += [{"params": head, "lr": args.critic_learning_rate}]
@@ -487,7 +488,7 @@ def train(args: Args, task: Task | None = None) -> Path:
     causal, count = AutoModelForCausalLM, args.num_agents
     actors = common.load_learners("agent", causal, names, count, args)
     names = args.critics or (args.critic_model or names[0],)
-    critics = common.load_learners("critic", AutoModel, names, 1, args)
+    critics = common.load_learners("critic", AutoModel, names, 1, args, actors)
     for actor in actors:
         actor.optimizer = adam(actor, args.agent_learning_rate, args)
     for critic in critics:

@@ -76,7 +76,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (25, "a user's seed draws tokens", "torch.rand(args.max_new_tokens, len(prompts), generator=generator)", "torch.rand(args.max_new_tokens, len(prompts))", "test_25"),
     (25, "a user's seed shuffles", "torch.randperm(len(samples), generator=generator)", "torch.randperm(len(samples))", "test_25"),
     (25, "every buffer alike", 'f"{args.seed} {place}"', 'f"{args.seed}"', "test_25"),
-    (26, "no probe", 'probe(learners[-1], writes=role == "agent")', "pass", "test_26"),
+    (26, "no probe", 'probe(learner, writes=role == "agent")', "pass", "test_26"),
     (26, "no probe of the cache", "found.append(", "str(", "test_26"),
     (27, "-inf times 0", "chosen.masked_fill(padding, 0.0)", "(chosen * ~padding)", "test_27"),
     (27, "0 times log 0", "logprobs.clamp(min=-1e9)", "logprobs", "test_27"),

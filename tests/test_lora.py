@@ -1,0 +1,117 @@
+"""Adapters: one base for all learners of a source, gradients, what is saved, resuming."""
+
+import copy
+
+import pytest
+import torch
+from benchmarks.survival import outcome, same
+from conftest import save_model, small_task, tiny_args
+from transformers import AutoModelForCausalLM
+
+import common
+from common import InputError
+
+pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They take most of a short run's time, and have tests of their own."""
+    monkeypatch.setattr(common, "draw_curves", lambda folder: None)
+
+
+def team(script, folder, **changes):
+    """Two agents and a critic of one folder, with adapters, and the arguments."""
+    name = save_model(folder / "model")
+    args = tiny_args(script, folder, agent_model=name, lora_rank=3, **changes)
+    actors = common.load_learners("agent", AutoModelForCausalLM, [name] * 2, 2, args)
+    return args, actors
+
+
+def stir(learner):
+    """Give the adapters' B, which begin as zeros, random values."""
+    for name, weight in learner.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+
+
+def merged(learner):
+    """The same model with every weight W + BA written out, and the deltas' factors."""
+    model = copy.deepcopy(learner.base[0])
+    for name, layer in learner.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            a, b = (getattr(layer, x)["default"].weight for x in ("lora_A", "lora_B"))
+            weight = model.get_submodule(name).weight
+            weight.data += 2 * b.data @ a.data  # alpha / rank
+            yield name, a, b, weight
+    yield "", None, None, model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_is_autograds_through_w_and_ba(script, checkpointing, tmp_path):
+    """dW of the merged model, by the chain rule: dB = 2 dW A', dA = 2 B' dW; to 1e-5, some
+    hundred roundings of float32. Gradient checkpointing changes nothing."""
+    flags = {"gradient_checkpointing": checkpointing, "max_new_tokens": 3}
+    args, (actor, _) = team(script, tmp_path, **flags)
+    actor.value_head = script.value_head(actor, None)
+    stir(actor)
+    *layers, (_, _, _, model) = merged(actor)
+    texts = [[3, 4, 5], [6, 7]], [[8, 9], [10, 11, 1]]
+    script.sequence_logprobs(actor, *texts, args)[0].sum().backward()
+    model.requires_grad_(True)
+    plain = common.Learner("agent_0", "x", model, actor.tokenizer)
+    plain.value_head = actor.value_head
+    plain.unknown_ids = actor.unknown_ids
+    script.sequence_logprobs(plain, *texts, args)[0].sum().backward()
+    assert len(layers) == 14  # q, k, v, o, gate, up, down of two layers
+    for _, a, b, weight in layers:
+        for found, expected in (
+            (b.grad, 2 * weight.grad @ a.T), (a.grad, 2 * b.T @ weight.grad)
+        ):  # fmt: skip
+            assert expected.norm() > 0
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_learners_share_one_base_and_nothing_else(script, tmp_path):
+    """A run changes no weight of the base, and each agent's adapters; the folders it leaves load
+    without peft and give what the adapted model gives."""
+    _, (one, two) = team(script, tmp_path)
+    for name, weight in one.base[0].named_parameters():
+        other = two.model.get_parameter(name.replace(".weight", ".base_layer.weight")) \
+            if "proj" in name else two.model.get_parameter(name)  # fmt: skip
+        assert weight.data_ptr() == other.data_ptr() and not other.requires_grad
+    stir(one)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    adapted, untouched = one.model(ids).logits, two.model(ids).logits
+    assert torch.equal(untouched, one.base[0](ids).logits)
+    common.save_learner(one, tmp_path / "agent")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
+    assert torch.allclose(loaded(ids).logits, adapted, atol=1e-5)
+    assert not torch.allclose(untouched, adapted, atol=1e-3)
+    peft = pytest.importorskip("peft")
+    again = peft.PeftModel.from_pretrained(
+        copy.deepcopy(one.base[0]), tmp_path / "agent/adapter"
+    )
+    assert torch.allclose(again(ids).logits, adapted, atol=1e-5)
+
+
+def test_resumed_with_adapters(script, tmp_path, monkeypatch):
+    """To the bit; the checkpoint holds what is trained alone."""
+    flags = {"lora_rank": 2, "save_interval": 1, "dtype": "bfloat16"}
+    whole = script.train(tiny_args(script, tmp_path / "a", **flags), small_task(32))
+    calls = []
+
+    def update(*given, inner=script.update):
+        calls.append(1)
+        if len(calls) == 3:
+            raise InputError("stopped")
+        return inner(*given)
+
+    monkeypatch.setattr(script, "update", update)
+    with pytest.raises(InputError, match="stopped"):
+        script.train(tiny_args(script, tmp_path / "b", **flags), small_task(32))
+    (left,) = (tmp_path / "b").iterdir()
+    state = torch.load(left / "checkpoint.pt", weights_only=True)["weights"]
+    assert all("lora" in k or "value_head" in k for x in state.values() for k in x)
+    args = tiny_args(script, tmp_path, **flags, resume=str(left))
+    assert same(outcome(script.train(args, small_task(32))), outcome(whole))
