@@ -162,8 +162,7 @@ class TaskArgs(RunArgs):
     model_config: str = "{}"
     """JSON keyword arguments of from_pretrained, or of the tiny model's LlamaConfig."""
     lora_rank: int | None = None
-    """Rank of adapters on all linear layers: learners of one source share its frozen weights, in
-    dtype; None = train all weights, each learner its own."""
+    """Rank of adapters over one frozen base per source, in dtype; None = all weights train."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     dtype: str = "float32"
@@ -508,9 +507,8 @@ TINY = {  # the built-in model: a Llama of 0.1 million parameters over those cha
 }  # fmt: skip
 
 
-def load_model(source: str, auto_class: Any, options: dict, args: Any) -> nn.Module:
-    """A model in eval mode, without dropout. Weights are float32, but for those that adapters
-    leave alone: in args.dtype. Raises InputError where weights are missing."""
+def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
+    """A model in float32 without dropout. Raises InputError where weights are missing."""
     if source == "tiny":
         model = auto_class.from_config(LlamaConfig(**{**TINY, **options}))
     else:
@@ -524,14 +522,17 @@ def load_model(source: str, auto_class: Any, options: dict, args: Any) -> nn.Mod
             rate = "drop" in key or (key == "p" and isinstance(part, nn.Dropout))
             if rate and isinstance(value, float):
                 setattr(part, key, 0.0)
+    return model.eval()
+
+
+def lower_precision(model: nn.Module, args: Any) -> None:
+    """Put weights that adapters leave alone in args.dtype; scores are float32 always."""
     if args.lora_rank is not None:
         model.to(getattr(torch, args.dtype))
     head = model.get_output_embeddings()
-    if args.dtype == "bfloat16" and head is not None:  # the scores are float32 always
+    if args.dtype == "bfloat16" and head is not None:
         head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
-        kind = pick_device(args, 0).type
-        head.forward = torch.autocast(kind, enabled=False)(head.forward)
-    return model.eval()
+        head.forward = torch.autocast(model.device.type, enabled=False)(head.forward)
 
 
 def adapted(base: nn.Module, rank: int) -> nn.Module:
@@ -583,13 +584,10 @@ def probe(learner: Learner, writes: bool) -> None:
     shapes = [output[0].shape, output.hidden_states[-1].shape]
     rows, hidden = model.get_input_embeddings().num_embeddings, (2, 12, width)
     sizes = [(2, 1, rows) if writes else hidden, hidden]
-    why = f"its output and last hidden state are {shapes}, not {sizes}"
-    require(shapes == sizes, why)
+    require(shapes == sizes, f"output, last hidden state: {shapes}, not {sizes}")
     found = [output[0][1, -1]]
     if writes:  # all but the last token, and then that one
-        require(
-            model.base_model is not model, "it names no base_model, for a value head"
-        )
+        require(model.base_model is not model, "it names no base_model")
         first = model(**{k: x[:, :11] for k, x in inputs.items()}, use_cache=True)
         inputs |= {k: inputs[k][:, 11:] for k in ("input_ids", "position_ids")}
         found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
@@ -604,8 +602,7 @@ def load_learners(
     others: Sequence[Learner] = (),
 ) -> list[Learner]:  # fmt: skip
     """The actors (role "agent") or the critics ("critic"), without optimizers or value heads
-    yet. Each tiny model has weights of its own; adapters share those of one source, with
-    `others` too. Raises InputError for what cannot be used."""
+    yet. Adapters share a base, with `others` too. Raises InputError for what cannot be used."""
     require(len(names) == count, f"{role}s lists {len(names)}, expected {count}")
     options, learners = json_object(args.model_config, "model_config"), []
     hub = {key: options[key] for key in {"revision", "token"} & set(options)}
@@ -626,12 +623,14 @@ def load_learners(
             device = pick_device(args, place)
             bases = [x for x in (*others, *learners) if x.base and x.source == source]
             shared = [x.base[0] for x in bases if x.base[0].device == device]
-            model = shared[0] if shared else load_model(source, auto_class, loads, args)
+            model = shared[0] if shared else load_model(source, auto_class, loads)
             model = model.to(device) if role == "agent" else model.to(device).base_model
             learner = Learner(f"{role}_{k}", source, model, tokenizer)
             learners.append(learner)
             read_vocabulary(learner)
-            probe(learner, writes=role == "agent")
+            if not shared:  # in float32, where rounding hides nothing
+                probe(learner, writes=role == "agent")
+                lower_precision(model, args)
             if args.lora_rank is not None:
                 learner.model, learner.base = adapted(model, args.lora_rank), (model,)
             if args.gradient_checkpointing:
@@ -987,8 +986,9 @@ class Run:
                 require(file.testzip() is None, "a checksum is wrong")
             state = torch.load(self.checkpoint, "cpu", weights_only=True)
             for learner in self.learners:
-                weights, strict = state["weights"][learner.name], not learner.base
-                learner.load_state_dict(weights, strict=strict)
+                weights = state["weights"][learner.name]
+                require(weights.keys() == learner.trained_state().keys(), "of others")
+                learner.load_state_dict(learner.state_dict() | weights)
                 learner.optimizer.load_state_dict(state["optimizers"][learner.name])
         vars(self).update(state["counts"])
         played = f"it has played {self.items} items of {self.total_items}"
