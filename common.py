@@ -941,12 +941,11 @@ class Run:
         self.args, self.task, self.learners = args, task, learners
         epochs = 0 if args.eval_only else args.num_train_epochs
         self.total_items = epochs * len(task.train_dataset)
-        self.items = self.updates = 0
+        self.items = self.updates = self.stop = 0  # stop: the signal that asked for it
         self.evaluated, self.logged = -1, 0  # items at the last evaluation, and line
         self.pending: dict[str, list[float]] = {}  # metrics since the last line
         self.sizes = dict.fromkeys(Logs.FILES, 0)  # at the checkpoint
         self.shown: list[Sample] = []
-        self.stop = 0  # the signal that asked for it
         self.whole = True  # False within an update: half of one is never saved
         flags = {"script": Path(script).name, "ranks": ranks(), **asdict(args)}
         flags |= {"resume": None, "task_name": task.name}
