@@ -3,13 +3,14 @@ tokenizers, ranks, metrics, and the run's folder. The algorithms stand in the sc
 
 import copy
 import ctypes
-import importlib.util
 import inspect
 import json
 import math
 import os
 import random
 import re
+import reprlib
+import runpy
 import shlex
 import signal
 import sys
@@ -17,8 +18,8 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -44,6 +45,9 @@ if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
     _ = libc.mallopt(-3, 2**31 - 1) and libc.mallopt(-1, 2**31 - 1)
 
 Prompt = str | list[dict[str, Any]]  # text, or chat messages with role and content
+brief = reprlib.Repr()
+brief.maxstring = brief.maxother = 150
+shown = brief.repr  # a value, shortened for a message
 
 
 # ----------------------------------------------------------------------- errors
@@ -59,14 +63,6 @@ def require(condition: Any, sentence: str) -> None:
         raise InputError(sentence)
 
 
-def shown(value: Any) -> str:
-    """The beginning of a value's repr; one that is nested too deep has none."""
-    try:
-        return f"{value!r:.200}"
-    except Exception:  # noqa: BLE001 - it is a user's object
-        return f"a {type(value).__name__}"
-
-
 @contextmanager
 def attempting(what: str) -> Iterator[None]:
     """Turn an exception inside into an InputError: `what`, why, and where in a user's file."""
@@ -77,10 +73,10 @@ def attempting(what: str) -> Iterator[None]:
         if not isinstance(error, InputError):
             reason = f"{type(error).__name__}: {reason}"
             known = (__file__, sys.prefix, sys.base_prefix, "<")
-            frames = traceback.extract_tb(error.__traceback__)
-            theirs = [f for f in frames if not f.filename.startswith(known)]
-            if theirs:
-                reason += f" at {theirs[-1].filename}, line {theirs[-1].lineno}"
+            for frame in reversed(traceback.extract_tb(error.__traceback__)):
+                if not frame.filename.startswith(known):
+                    reason += f" at {frame.filename}, line {frame.lineno}"
+                    break
         raise InputError(f"{what}: {reason}") from error
 
 
@@ -108,20 +104,16 @@ class RunArgs:
 
     # the run
 
-    exp_name: str | None = None
-    """First part of the run folder's name; None = the script's name."""
     output_dir: str = "runs"
     """Where the run folder is made."""
     resume: str | None = None
     """Run folder to go on in; on the command line, flags not given are that run's."""
     num_train_epochs: int = 20
-    """Passes over the train dataset."""
+    """Passes over the train dataset; 0 = evaluate the given agents and train nothing."""
     device: tuple[str, ...] = ("auto",)
     """cpu, cuda, ..., or several, which the learners take in turn; auto = cuda where it is."""
     save_interval: int = 50
-    """Updates between checkpoints, and one at the end; 0 = only when the run is stopped."""
-    eval_only: bool = False
-    """Evaluate the given agents and train nothing."""
+    """Updates between checkpoints; 0 = one at the end, or where the run is stopped."""
 
     # evaluation and logging
 
@@ -171,6 +163,22 @@ class TaskArgs(RunArgs):
     """Use the transition's prompts as they are, not through the formatters."""
 
 
+LIMITS = (  # flags, what they must be, whether a value is that
+    ("""num_agents num_turns num_generations max_new_tokens top_k lora_rank rollout_buffer_size
+        train_batch_size micro_batch_size value_head_hidden_dim critic_value_head_hidden_dim
+        value_clip_range eval_num_samples eval_batch_size logging_steps agent_learning_rate
+        critic_learning_rate temperature""", "above 0", lambda v: 0 < v < math.inf),
+    ("""num_train_epochs value_loss_coef entropy_coef max_grad_norm eval_interval save_interval
+        log_samples""", "at least 0", lambda v: 0 <= v < math.inf),
+    ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
+    ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
+    ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
+    ("critic_type", "v or q", lambda v: v in ("v", "q")),
+    ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
+)  # fmt: skip
+
+
 def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     """The command line's flags, by tyro; under --resume, the run's flags are the defaults.
     Raises InputError if the run folder's args.json cannot be read."""
@@ -185,34 +193,6 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
     return tyro.cli(args_class, args=arguments, default=run)
 
 
-LIMITS = (  # flags, what they must be, whether a value is that
-    ("""num_agents num_turns num_generations num_train_epochs max_new_tokens top_k
-        lora_rank rollout_buffer_size train_batch_size micro_batch_size value_head_hidden_dim
-        critic_value_head_hidden_dim value_clip_range eval_num_samples eval_batch_size
-        logging_steps agent_learning_rate critic_learning_rate temperature""",
-     "above 0", lambda v: 0 < v < math.inf),
-    ("value_loss_coef entropy_coef max_grad_norm eval_interval save_interval log_samples",
-     "at least 0", lambda v: 0 <= v < math.inf),
-    ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
-    ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
-    ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
-    ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
-    ("critic_type", "v or q", lambda v: v in ("v", "q")),
-    ("dtype", "float32 or bfloat16", lambda v: v in ("float32", "bfloat16")),
-)  # fmt: skip
-
-
-def check_args(args: Any) -> None:
-    """Raise InputError for a flag that cannot be used."""
-    for names, limit, fits in LIMITS:
-        for name in names.split():
-            value = getattr(args, name, None)
-            good = value is None or fits(value)
-            require(good, f"{name} must be {limit}, got {value!r}")
-    both = args.resume is not None and args.eval_only
-    require(not both, "resume goes on with training, and eval_only trains nothing")
-
-
 def json_object(text: str | dict, flag: str) -> dict[str, Any]:
     """The dict that a flag's JSON says, or is; InputError if it is anything else."""
     with attempting(f"{flag} takes a JSON object, got {text!r:.100}"):
@@ -221,7 +201,11 @@ def json_object(text: str | dict, flag: str) -> dict[str, Any]:
 
 def setup(args: Any, task: "Task | None") -> "Task":
     """Check the flags, join the ranks, load the task: the given one, or that of the flags."""
-    check_args(args)
+    for names, limit, fits in LIMITS:
+        for name in names.split():
+            value = getattr(args, name, None)
+            good = value is None or fits(value)
+            require(good, f"{name} must be {limit}, got {value!r}")
     pick_device(args, 0)  # where that fails, it should do so before a task is loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available()
@@ -283,38 +267,38 @@ class Task:
     metrics_callback: Callable[[list[Sample]], dict[str, float]] | None = None
     name: str = "task"  # in messages and the run folder's name; --task sets it
 
+    def calling(self, function: str, item: Any) -> AbstractContextManager:
+        """Say, where a function of the user's fails, which it is, and of which item."""
+        return attempting(f"task {self.name!r}, item {shown(item)}: {function}")
+
     def format(self, item: dict, agent: int) -> Prompt:
         """An agent's prompt for an item: the item's own, or its formatter's."""
         formatter = self.formatters
         if isinstance(formatter, Sequence):
             formatter = formatter[agent]
-        own = formatter is None
-        who = "without a formatter" if own else f"formatter of agent {agent}"
-        with attempting(f"task {self.name!r}, item {shown(item)}: {who}"):
+        source = "formatter" if formatter else "prompt"
+        with self.calling(f"{source} of agent {agent}", item):
             require(isinstance(item, dict), "an item must be a dict")
             item = copy.deepcopy(item)
-            return checked_prompt(item.get("prompt") if own else formatter(item))
+            return checked_prompt(formatter(item) if formatter else item.get("prompt"))
 
     def pay(self, samples: list[Sample]) -> list[float]:
         """The rewards of the joint samples of one item, a finite number each."""
         item = samples[0].item
         options = {"batch_items": [item]}
         for name in ("completions", "prompts", "completion_ids"):
-            rows = [getattr(sample, name) for sample in samples]
-            options[name] = [list(column) for column in zip(*rows, strict=True)]
+            options[name] = per_agent([getattr(sample, name) for sample in samples])
         texts = options.pop("completions")
-        with attempting(f"task {self.name!r}, item {shown(item)}: reward_func"):
+        with self.calling("reward_func", item):
             parameters = inspect.signature(self.reward_func).parameters.values()
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
                 options = {key: options[key] for key in taken & set(options)}
             rewards = self.reward_func(*texts, **copy.deepcopy(options))
             rewards = checked_numbers(rewards, len(samples))
-        if self.reward_processor is None:
-            return rewards
-        with attempting(f"task {self.name!r}, item {shown(item)}: reward_processor"):
-            rewards = [self.reward_processor(reward) for reward in rewards]
-            return checked_numbers(rewards, len(samples))
+        with self.calling("reward_processor", item):
+            process = self.reward_processor or float
+            return checked_numbers([process(x) for x in rewards], len(rewards))
 
     def transition(self, sample: Sample, passthrough: bool) -> list[Prompt]:
         """What the agents are prompted with at the turn after `sample`."""
@@ -323,10 +307,10 @@ class Task:
             "prompt": item.get("prompt"),
             "agent_completions": sample.completions,
             "num_agents": count,
-            "prompt_history_per_agent": per_agent(s.prompts for s in turns),
-            "response_history_per_agent": per_agent(s.completions for s in turns),
+            "prompt_history_per_agent": per_agent([s.prompts for s in turns]),
+            "response_history_per_agent": per_agent([s.completions for s in turns]),
         }
-        with attempting(f"task {self.name!r}, item {shown(item)}: external_transition"):
+        with self.calling("external_transition", item):
             prompts = self.external_transition(**copy.deepcopy(keywords))
             fits = isinstance(prompts, list | tuple) and len(prompts) == count
             require(fits, f"expected {count} prompts, got {shown(prompts)}")
@@ -336,15 +320,15 @@ class Task:
         return [self.format({**item, "prompt": p}, k) for k, p in enumerate(prompts)]
 
 
-def per_agent(rows: Iterable[list]) -> list[list]:
+def per_agent(rows: list[list]) -> list[list]:
     """From lists with one thing per agent, for each agent the list of its things."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def checked_prompt(prompt: Any) -> Prompt:
     """A copy of the prompt; InputError unless it is text or a list of chat messages."""
-    messages = prompt if isinstance(prompt, list) else []
-    chat = [isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages]
+    parts = prompt if isinstance(prompt, list) else []
+    chat = [isinstance(x, dict) and {"role", "content"} <= x.keys() for x in parts]
     good = isinstance(prompt, str) or (chat and all(chat))
     require(good, f"expected a prompt, text or chat messages, got {shown(prompt)}")
     return copy.deepcopy(prompt)
@@ -366,27 +350,27 @@ def sum_to_target(args: Any) -> Task:
     paid 1 / (1 + |sum - target|), times the share of agents that wrote a number: 1 at best, 0.37
     for a team that does not read the target. Of several turns each costs 1, so that being right
     at once, which may end the episode, is never worse."""
-    cost = 0.0 if args.num_turns == 1 else 1.0
 
-    def number(text: str) -> int | None:
-        return int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else None
+    def numbers(texts: Sequence[str]) -> list[int | None]:
+        found = [re.fullmatch(r"\s*([0-9]{1,9})\s*", text) for text in texts]
+        return [int(match[1]) if match else None for match in found]
 
     def reward(*completions: list[str], batch_items: list[dict]) -> list[float]:
         rewards = []
         for texts in zip(*completions, strict=True):
-            written = [number(text) for text in texts if number(text) is not None]
+            written = [number for number in numbers(texts) if number is not None]
             error = abs(sum(written) - batch_items[0]["target"])
-            rewards.append(len(written) / len(texts) / (1 + error) - cost)
-        return rewards
+            rewards.append(len(written) / len(texts) / (1 + error))
+        return [x - 1 if args.num_turns > 1 else x for x in rewards]
 
     def correct(prompt: str, agent_completions: list[str], **_: Any) -> list[str]:
-        written = [number(text) for text in agent_completions]
-        total = sum(n or 0 for n in written)
-        return [f"{prompt}yours {n}, sum {total}\n" for n in written]
+        written = numbers(agent_completions)
+        total = sum(number or 0 for number in written)
+        return [f"{prompt}yours {number}, sum {total}\n" for number in written]
 
     items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
-    task = Task(items * 100, reward, items * 10, external_transition=correct)
-    return replace(task, name="sum_to_target")
+    game = Task(items * 100, reward, items * 10, external_transition=correct)
+    return replace(game, name="sum_to_target")
 
 
 def run_task_file(args: Any) -> Task:
@@ -395,13 +379,10 @@ def run_task_file(args: Any) -> Task:
     found = path.suffix == ".py" and path.is_file()
     require(found, f"no task {args.task!r}: give sum_to_target, or a .py file")
     with attempting(f"task file {args.task!r}"):
-        spec = importlib.util.spec_from_file_location(f"task_file_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
         sys.path.append(str(path.resolve().parent))  # it may import what is beside it
-        spec.loader.exec_module(module)
-        make = getattr(module, "make_task", None)
-        task = make(copy.deepcopy(args)) if make else getattr(module, "task", None)
+        names = runpy.run_path(str(path))
+        make = names.get("make_task")
+        task = make(copy.deepcopy(args)) if make else names.get("task")
         kinds = "it must define `task`, a common.Task, or `make_task(args)` that returns one"
         require(isinstance(task, Task), f"{kinds}, got {type(task).__name__}")
     return replace(task, name=path.stem)
@@ -415,25 +396,20 @@ def load_task(args: Any, task: Task | None) -> Task:
         task = sum_to_target(args) if built_in else run_task_file(args)
     if args.train_file is not None:
         with attempting(f"train_file {args.train_file!r}"):
-            lines = Path(args.train_file).read_text("utf-8-sig").split("\n")
-        items = []
-        for number, line in enumerate(lines, start=1):
-            with attempting(f"train_file {args.train_file!r}, line {number}"):
-                items += [json.loads(line)] if line.strip() else []
+            text = Path(args.train_file).read_text("utf-8-sig").strip()
+            text = re.sub(r"\n\s*", ",\n", text)
+            items = json.loads(f"[{text}]")
         kept = len(items) - math.ceil(len(items) / 10)
         task = replace(task, train_dataset=items[:kept], eval_dataset=items[kept:])
-    if task.eval_dataset is None:
-        task = replace(task, eval_dataset=[])
     many, turns = isinstance(task.formatters, Sequence), args.num_turns
     with attempting(f"task {task.name!r} cannot be used"):
         require(len(task.train_dataset) > 0, "its train_dataset is empty")
-        evaluates = len(task.eval_dataset) > 0
-        require(evaluates or not args.eval_only, "it has no eval_dataset")
         fits = not many or len(task.formatters) == args.num_agents
         require(fits, f"it needs one formatter for all, or {args.num_agents}")
         ready = turns == 1 or task.external_transition is not None
         require(ready, f"it has no external_transition, which num_turns {turns} needs")
-    return task
+        evaluates = task.eval_dataset is not None and len(task.eval_dataset) > 0
+    return task if evaluates else replace(task, eval_dataset=[])
 
 
 def pick_items(dataset: Sequence[dict], places: Sequence[int]) -> list[dict]:
@@ -581,9 +557,10 @@ def probe(learner: Learner, writes: bool) -> None:
     keep = {"logits_to_keep": ids.new_tensor([11])} if writes else {}
     output = model(**inputs, **keep, use_cache=False, output_hidden_states=True)
     width = model.config.get_text_config().hidden_size
-    shapes = [output[0].shape, output.hidden_states[-1].shape]
-    rows, hidden = model.get_input_embeddings().num_embeddings, (2, 12, width)
-    sizes = [(2, 1, rows) if writes else hidden, hidden]
+    rows = model.get_input_embeddings().num_embeddings
+    seen = (output[0], output.hidden_states[-1]) if writes else (output[0],)
+    shapes = [tuple(x.shape) for x in seen]
+    sizes = [(2, 1, rows), (2, 12, width)] if writes else [(2, 12, width)]
     require(shapes == sizes, f"output, last hidden state: {shapes}, not {sizes}")
     found = [output[0][1, -1]]
     if writes:  # all but the last token, and then that one
@@ -610,10 +587,8 @@ def load_learners(
     for k, source in enumerate(names):
         reader = args.tokenizer or source
         with attempting(f"tokenizer {reader!r} cannot be used"):
-            if reader == "tiny":
-                tokenizer = tiny_tokenizer()
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(reader, **hub)
+            make = AutoTokenizer.from_pretrained
+            tokenizer = tiny_tokenizer() if reader == "tiny" else make(reader, **hub)
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             require(tokenizer.pad_token, "it has neither a pad nor an end token")
         place = k if role == "agent" else args.num_agents + k
@@ -678,43 +653,35 @@ def render(prompt: Prompt) -> str:
     """A prompt as text; of messages, the contents."""
     if isinstance(prompt, str):
         return prompt
-    contents = [message["content"] or "" for message in prompt]
-    for k, content in enumerate(contents):
+    texts = []
+    for message in prompt:
+        content = message["content"] or ""
         if isinstance(content, list):  # of parts: {"type": "text", "text": "Hi"}
-            contents[k] = "".join(part.get("text", "") for part in content)
-    return "\n".join(map(str, contents))
+            content = "".join(part.get("text", "") for part in content)
+        texts.append(str(content))
+    return "\n".join(texts)
 
 
-def restore_value_head(learner: Learner) -> None:
-    """Load the value head that a run saved in the folder that a learner is from, if any."""
-    path = Path(learner.source) / "value_head.pt"
-    if learner.value_head is not None and learner.source != "tiny" and path.is_file():
-        with attempting(f"{str(path)!r} is of another value_head_hidden_dim"):
-            weights = torch.load(path, "cpu", weights_only=True)
-            learner.value_head.load_state_dict(weights)
-
-
-def save_learner(learner: Learner, folder: Path) -> None:
-    """Write a learner as a folder that from_pretrained takes, and its value head."""
+def save_agent(agent: Learner, folder: Path) -> None:
+    """Write an agent as a folder that from_pretrained takes: W + BA, where it has adapters, and
+    these as peft has them, in adapter/."""
     with attempting(f"{str(folder)!r} cannot be written"):
-        model = learner.model
-        if learner.base:  # W + BA, in float32
+        model = agent.model
+        if agent.base:
             import peft
             from safetensors.torch import save_file
 
-            model = copy.deepcopy(learner.base[0]).float()
-            for name, layer in learner.model.named_modules():
+            weights = peft.get_peft_model_state_dict(model)
+            weights = {f"base_model.model.{k}": x for k, x in weights.items()}
+            model.peft_config["default"].save_pretrained(folder / "adapter")
+            save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+            model = copy.deepcopy(agent.base[0]).float()
+            for name, layer in agent.model.named_modules():
                 if hasattr(layer, "get_delta_weight"):
                     delta = layer.get_delta_weight("default")
                     model.get_submodule(name).weight.data += delta
-            learner.model.peft_config["default"].save_pretrained(folder / "adapter")
-            weights = peft.get_peft_model_state_dict(learner.model)
-            weights = {f"base_model.model.{k}": x for k, x in weights.items()}
-            save_file(weights, folder / "adapter" / "adapter_model.safetensors")
         model.save_pretrained(folder)
-        learner.tokenizer.save_pretrained(folder)
-        if learner.value_head is not None:
-            torch.save(learner.value_head.state_dict(), folder / "value_head.pt")
+        agent.tokenizer.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------ ranks
@@ -745,15 +712,13 @@ def total(*numbers: float) -> list[float]:
 
 
 def sum_gradients(learner: Learner) -> None:
-    """Add up a learner's gradients over the ranks, in place."""
-    for parameter in learner.parameters() if ranks() > 1 else ():
-        if parameter.requires_grad:
-            if parameter.grad is None:  # a rank without samples takes part all the same
-                parameter.grad = torch.zeros_like(parameter)
-            with attempting(
-                f"rank {rank()} is without the others, one of which says why"
-            ):
-                dist.all_reduce(parameter.grad)
+    """Add up a learner's gradients over the ranks, in place; one without samples adds zeros."""
+    weights = [x for x in learner.parameters() if x.requires_grad and ranks() > 1]
+    with attempting(f"rank {rank()} is without the others, one of which says why"):
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
 
 
 def slices(count: int, size: int | None) -> list[slice]:
@@ -856,16 +821,14 @@ class Logs:
 
     FILES = ("metrics.jsonl", "samples.jsonl")
 
-    def __init__(self, folder: Path, sizes: dict[str, int], flags: dict, step: int):
+    def __init__(self, folder: Path, sizes: list[int], flags: dict, step: int):
         self.folder, self.start = folder, time.perf_counter()
         self.tensorboard = self.wandb = None
-        if rank() > 0:
-            return
-        for name in self.FILES:  # what came after the checkpoint comes again
+        for name, size in zip(self.FILES if rank() == 0 else (), sizes):
             with open(folder / name, "ab") as file:
-                require(file.tell() >= sizes[name], f"{folder / name} is damaged")
-                file.truncate(sizes[name])
-        if flags["wandb_config"] is not None:
+                require(file.tell() >= size, f"{folder / name} is damaged")
+                file.truncate(size)  # what came after the checkpoint comes again
+        if flags["wandb_config"] is not None and rank() == 0:
             options = {"id": folder.name, "name": folder.name, "resume": "allow"}
             options |= {"sync_tensorboard": True, "config": flags}
             options |= json_object(flags["wandb_config"], "wandb_config")
@@ -877,7 +840,8 @@ class Logs:
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+            if rank() == 0:
+                self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, name: str, line: dict[str, Any]) -> None:
         """Append a line of JSON to a file of the run folder."""
@@ -900,24 +864,13 @@ class Logs:
         for name, value in line.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step)
 
-    def samples(self, samples: list[Sample], count: int, step: int, phase: str) -> None:
-        """Write the first `count` joint samples; show TensorBoard three of an evaluation."""
-        keys = ("turn", "item", "prompts", "completions", "reward")
-        for sample in samples[:count]:
+    def samples(self, samples: list[Sample], step: int, phase: str) -> None:
+        """Write joint samples."""
+        for sample in samples:
             line = {"step": step, "phase": phase}
-            self.write("samples.jsonl", line | {k: getattr(sample, k) for k in keys})
-        if self.tensorboard and phase == "eval":
-            text = "\n\n".join(map(dialogue, samples[:3])).replace("\n", "\n    ")
-            self.tensorboard.add_text("eval/samples", f"    {text}", step)
-
-    def sync(self) -> dict[str, int]:
-        """The sizes of the files, which are on the disk now."""
-        sizes = {}
-        for name in self.FILES:
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())
-                sizes[name] = file.tell()
-        return sizes
+            for name in ("turn", "item", "prompts", "completions", "reward"):
+                line[name] = getattr(sample, name)
+            self.write("samples.jsonl", line)
 
     def close(self, failed: bool) -> None:
         """End TensorBoard and W&B."""
@@ -939,12 +892,11 @@ class Run:
 
     def __init__(self, args: Any, task: Task, script: str, learners: list[Learner]):
         self.args, self.task, self.learners = args, task, learners
-        epochs = 0 if args.eval_only else args.num_train_epochs
-        self.total_items = epochs * len(task.train_dataset)
+        self.total_items = args.num_train_epochs * len(task.train_dataset)
         self.items = self.updates = self.stop = 0  # stop: the signal that asked for it
         self.evaluated, self.logged = -1, 0  # items at the last evaluation, and line
         self.pending: dict[str, list[float]] = {}  # metrics since the last line
-        self.sizes = dict.fromkeys(Logs.FILES, 0)  # at the checkpoint
+        self.sizes = [0] * len(Logs.FILES)  # at the checkpoint
         self.shown: list[Sample] = []
         self.whole = True  # False within an update: half of one is never saved
         flags = {"script": Path(script).name, "ranks": ranks(), **asdict(args)}
@@ -953,16 +905,12 @@ class Run:
         self.flags = json.loads(json.dumps(flags, default=str))  # as args.json has them
         same = all(self.flags == other for other in gather(self.flags))
         require(same, f"task {task.name!r} has other items in every process")
-        name = f"{args.exp_name or Path(script).stem}__{task.name}__{args.seed}__"
+        name = f"{Path(script).stem}__{task.name}__{args.seed}__"
         folder = Path(args.output_dir) / (name + time.strftime("%Y%m%d-%H%M%S"))
         while folder.exists():  # a second run within the second
             folder = folder.with_name(folder.name + "_")
         self.folder = gather(Path(args.resume or folder))[0]
         self.checkpoint = self.folder / "checkpoint.pt"
-        given = getattr(args, "critics", ()) or getattr(args, "critic_model", None)
-        for learner in learners if not args.eval_only else ():
-            if given or learner.name.startswith("agent"):
-                restore_value_head(learner)
         if args.resume:
             self.restore()
 
@@ -972,13 +920,10 @@ class Run:
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
             was = {**json.loads((self.folder / "args.json").read_text())}
-        free = {flag.name for flag in fields(RunArgs)}
-        for name, now in self.flags.items():
-            same = name in free or was.get(name) == now
-            require(same, f"{failure}: {name} was {was.get(name)!r} and is {now!r}")
+        for name in self.flags.keys() - {flag.name for flag in fields(RunArgs)}:
+            old, now = was.get(name), self.flags[name]
+            require(old == now, f"{failure}: {name} was {old!r} and is {now!r}")
         if not self.checkpoint.exists():
-            finished = (self.folder / self.learners[0].name).exists()
-            require(not finished, f"{failure}: it is finished and has no checkpoint")
             return
         with attempting(f"checkpoint {str(self.checkpoint)!r} is damaged"):
             with zipfile.ZipFile(self.checkpoint) as file:
@@ -992,8 +937,6 @@ class Run:
         vars(self).update(state["counts"])
         played = f"it has played {self.items} items of {self.total_items}"
         require(self.items <= self.total_items, f"{failure}: {played}")
-        if self.items == self.total_items and rank() == 0:
-            print(f"{self.folder} is finished: a larger num_train_epochs goes on")
 
     def __enter__(self) -> Self:
         if rank() == 0:
@@ -1004,7 +947,7 @@ class Run:
         self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
         often = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
         options = {"mininterval": often, "maxinterval": often, "initial": self.items}
-        options["disable"] = self.args.eval_only or rank() > 0
+        options["disable"] = rank() > 0 or self.total_items == 0
         self.bar = tqdm(unit="item", total=self.total_items, **options)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -1070,13 +1013,13 @@ class Run:
             means = {name: float(np.mean(x)) for name, x in self.pending.items()}
             self.logs.metrics(means, self.items, self.updates)
             self.pending, self.logged = {}, self.items
-        self.logs.samples(samples, self.args.log_samples, self.items, "train")
+        self.logs.samples(samples[: self.args.log_samples], self.items, "train")
         self.whole = True
         done = f"update {self.updates}, return {metrics['rollout/return']:.3f}"
         self.bar.set_postfix_str(f"{done}, {rate:.3g} samples/s", refresh=False)
         self.bar.update(items)
-        interval, more = self.args.save_interval, self.items < self.total_items
-        self.pause(interval > 0 and more and self.updates % interval == 0)
+        interval = self.args.save_interval or math.inf
+        self.pause(due=self.updates % interval == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""
@@ -1085,13 +1028,13 @@ class Run:
             metrics = rollout_metrics(self.task, samples, "eval", self.args)
             self.whole = False
             self.logs.metrics(metrics, self.items, self.updates)
-            self.logs.samples(samples, self.args.log_samples, self.items, "eval")
+            self.logs.samples(samples[: self.args.log_samples], self.items, "eval")
             if rank() == 0:
                 done = f"return {metrics['eval/return']:.3f}"
                 tell = self.bar.write if sys.stderr.isatty() else print
                 tell(f"evaluation after {self.items} items: {done}")
         self.evaluated, self.shown, self.whole = self.items, samples[:3], True
-        self.pause(self.args.save_interval > 0 and self.items == self.total_items)
+        self.pause(due=False)
 
     def pause(self, due: bool) -> None:
         """Save a checkpoint if it is due; save and exit if a signal asked a rank to stop."""
@@ -1106,11 +1049,11 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write all that going on needs: aside, synced, renamed, so that the file is whole
         whenever the run is killed. Raises InputError where it cannot be written."""
-        if rank() > 0 or self.args.eval_only:
+        if rank() > 0:
             return
         aside = self.folder / "checkpoint.unfinished"
         with attempting(f"the checkpoint cannot be written to {str(self.folder)!r}"):
-            self.sizes = self.logs.sync()
+            self.sizes = [(self.folder / name).stat().st_size for name in Logs.FILES]
             state = {"counts": {name: getattr(self, name) for name in self.COUNTS}}
             state["weights"] = {x.name: x.trained_state() for x in self.learners}
             optimizers = {x.name: x.optimizer.state_dict() for x in self.learners}
@@ -1126,8 +1069,10 @@ class Run:
                 aside.unlink(missing_ok=True)  # where the disk is full
 
     def save(self) -> None:
-        """Write each model as a folder, and curves.png."""
-        for learner in self.learners if rank() == 0 and not self.args.eval_only else ():
-            save_learner(learner, self.folder / learner.name)
+        """Write the last checkpoint, each agent as a folder, and curves.png."""
+        self.save_checkpoint()
         if rank() == 0:
+            for learner in self.learners:
+                if learner.name.startswith("agent"):
+                    save_agent(learner, self.folder / learner.name)
             draw_curves(self.folder)

@@ -272,7 +272,7 @@ def test_a_turn_that_cannot_be_read(kind, script, odd, tmp_path, capsys):
     metrics = lines(folder)[-1]
     assert metrics["rollout/unreadable"] == 0.5 and metrics["rollout/turns"] == 1.5
     told = re.findall("an episode ends before turn 1 of .*", capsys.readouterr().err)
-    assert len(told) == 1 and "item {'prompt': 'say" in told[0] and f"{who} " in told[0]
+    assert len(told) == 1 and "'prompt': 'say " in told[0] and f"{who} " in told[0]
     task.train_dataset[3]["prompt"] = bad
     with pytest.raises(InputError, match=f"'k': 3.*{who}"):
         script.train(replace(args, num_turns=1), task)

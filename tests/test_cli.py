@@ -51,10 +51,9 @@ CASES = {  # flags, a task file's text (--task names it), what the sentence says
     "formatters": ("", "task = " + ITEM + ", print, formatters=[str])", "cannot be used: it needs one formatter for all, or 2"),
     "no items": ("", "task = Task([], print)", "cannot be used: its train_dataset is empty"),
     "a stream": ("", "task = Task(iter([]), print)", "cannot be used: TypeError: object of type 'list_iterator' has no len()"),
-    "eval_only": ("--eval-only", "task = " + ITEM + ", print)", "cannot be used: it has no eval_dataset"),
     "one agent": ("--num-agents 1 --task tests/tasks/length_ratio.py", "", "compares agents: num_agents must be 2 or more"),
-    "no prompt": ("", "task = Task([{'q': 1}], print)", "item {'q': 1}: without a formatter: expected a prompt"),
-    "no item": ("", "task = Task(['x'], print)", "item 'x': without a formatter: an item must be a dict"),
+    "no prompt": ("", "task = Task([{'q': 1}], print)", "item {'q': 1}: prompt of agent 0: expected a prompt"),
+    "no item": ("", "task = Task(['x'], print)", "item 'x': prompt of agent 0: an item must be a dict"),
     "empty": ("", "task = Task([{'prompt': ''}], print)", "item {'prompt': ''}: agent_0 is to read "),
     "long": ("", "task = Task([{'prompt': 'x' * 1024}], print)", "is to read 1024 tokens and to write 1: its model takes 1024"),
     "no reward": ("", "task = " + ITEM + ", None)", "item {'prompt': 'x'}: reward_func: TypeError: None is not a callable"),
@@ -194,7 +193,7 @@ VALID_FLAGS = """--num-agents 2  --num-turns 2  --num-generations 2  --num-train
   --critic-learning-rate 1e-3  --value-loss-coef 0.5  --entropy-coef 0.1  --max-grad-norm 1
   --micro-batch-size 3  --seed 3  --dtype float32  --eval-interval 3  --eval-num-samples 2
   --eval-batch-size 2  --logging-steps 2  --save-interval 2  --log-samples 1  --agents tiny tiny
-  --tokenizer tiny  --exp-name fuzz  --no-advantage-normalization  --device cpu
+  --tokenizer tiny  --no-advantage-normalization  --device cpu
   --model-config '{"num_hidden_layers": 1}'"""
 FLAG_VALUES = ["''", "-1", "0", "1", "2", "3", "0.5", "1e-30", "1e30", "1e999", "nan", "inf",
                "x", "None", "[]", "{}", "é", "--"]  # fmt: skip

@@ -161,7 +161,7 @@ def test_published_problems_and_what_is_told(item, right, half, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text(f"{json.dumps(item)}\n" * 2)
     flags = {"num_agents": 2, "num_turns": 2, "task": PATH, "train_file": str(file)}
-    task = common.load_task(SimpleNamespace(**flags, eval_only=False), None)
+    task = common.load_task(SimpleNamespace(**flags), None)
     (item,), name = task.train_dataset, "decode" if item is HUMANEVAL else "plus"
     turn = common.Sample(item, 0, 0, [task.format(item, agent) for agent in (0, 1)])
     for body, share in ((right, 1), (half, 1 / 2)):

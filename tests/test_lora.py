@@ -84,7 +84,7 @@ def test_learners_share_one_base_and_nothing_else(script, tmp_path):
     ids = torch.tensor([[3, 4, 5, 6]])
     adapted, untouched = one.model(ids).logits, two.model(ids).logits
     assert torch.equal(untouched, one.base[0](ids).logits)
-    common.save_learner(one, tmp_path / "agent")
+    common.save_agent(one, tmp_path / "agent")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
     assert torch.allclose(loaded(ids).logits, adapted, atol=1e-5)
     assert not torch.allclose(untouched, adapted, atol=1e-3)

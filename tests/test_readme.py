@@ -93,7 +93,7 @@ def test_command(command, run, request):
     if "--resume" in words:  # a run of one epoch
         more = ["--num-train-epochs", "2"] * ("--num-train-epochs" in words)
     out, folder = run(words + more)
-    assert ("is finished" not in out) == ("agent 0 reads:" in out) == bool(more)
+    assert ("agent 0 reads:" in out) == bool(more)
     if "my_task.py" in words:
         lines = (folder / "metrics.jsonl").read_text()
         rewards = list(map(float, re.findall(r'"rollout/reward": ([\d.e-]+)', lines)))

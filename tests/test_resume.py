@@ -139,7 +139,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, how, tmp_path):
         except common.InputError as error:
             assert f"checkpoint '{left / 'checkpoint.pt'}' is damaged" in str(error)
             refused += 1
-        assert same(outcome(left), outcome(whole(maac)))
+        else:
+            assert same(outcome(left), outcome(whole(maac)))
     assert refused >= 5
 
 
@@ -195,33 +196,27 @@ def test_another_task_or_script_is_not_resumed(script, whole, tmp_path):
 def test_what_prolongs_places_or_logs_a_run_may_change(script, whole, tmp_path):
     """Every flag of RunArgs; --resume stands for the run's others. The weights stay the same."""
     args = killed(script, tmp_path, "script.update", 4)
-    line = f"--resume {args.resume} --exp-name x --output-dir y --device cpu cpu"
+    line = f"--resume {args.resume} --output-dir y --device cpu cpu"
     line += " --save-interval 1 --eval-interval 0 --eval-num-samples 2"
     line += " --eval-batch-size 1 --logging-steps 3 --log-samples 0"
     parsed = common.parse_args(script.Args, line.split())
     changed = {k for k, v in vars(parsed).items() if v != getattr(args, k)}
-    others = {"resume", "num_train_epochs", "eval_only", "wandb_config"}
+    others = {"resume", "num_train_epochs", "wandb_config"}
     assert changed == {flag.name for flag in fields(common.RunArgs)} - others
-    with pytest.raises(common.InputError, match="eval_only trains nothing"):
-        script.train(replace(args, eval_only=True), game())
     folder = script.train(parsed, game())
     assert same(weights(folder), weights(whole(script)))
 
 
-def test_a_finished_run_can_be_prolonged(script, whole, tmp_path, capsys):
+def test_a_finished_run_can_be_prolonged(script, whole, tmp_path):
     """One epoch, then a second: the weights are those of two at once."""
     folder = script.train(flags(script, tmp_path, num_train_epochs=1), game())
     args, one = flags(script, tmp_path, resume=str(folder)), weights(folder)
     script.train(replace(args, num_train_epochs=1), game())
-    assert "is finished: a larger num_train_epochs goes on" in capsys.readouterr().out
     assert same(weights(folder), one)
     assert script.train(args, game()) == folder
     assert same(weights(folder), weights(whole(script)))
     with pytest.raises(common.InputError, match="has played 20 items of 10"):
         script.train(replace(args, num_train_epochs=1), game())
-    (folder / "checkpoint.pt").unlink()
-    with pytest.raises(common.InputError, match="is finished and has no checkpoint"):
-        script.train(replace(args, num_train_epochs=5), game())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

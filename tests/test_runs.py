@@ -20,11 +20,7 @@ import common
 
 MEMORY = ("THP_MEM", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 CLEAN = {k: value for k, value in os.environ.items() if not k.startswith(MEMORY)}
-CRITICS = {  # what has a value head
-    "maac": ["critic_0"], "iac_separate": ["critic_0", "critic_1"],
-    "iac_shared": ["agent_0", "agent_1"],
-}  # fmt: skip
-HIDDEN = {name: "critic_value_head_hidden_dim" for name in CRITICS}
+HIDDEN = {name: "critic_value_head_hidden_dim" for name in ("maac", "iac_separate")}
 HIDDEN["iac_shared"] = "value_head_hidden_dim"
 
 
@@ -61,8 +57,6 @@ def test_a_run_folder_holds_all(script, tmp_path, capsys):
         tokenizer = AutoTokenizer.from_pretrained(folder / agent)
         inputs = tokenizer("target 3\n", return_tensors="pt")
         assert model.generate(**inputs, max_new_tokens=1).shape == (1, 10)
-    for critic in CRITICS[script.__name__]:
-        assert (folder / critic / "value_head.pt").is_file()
     assert f"run folder: {folder}" in capsys.readouterr().out
 
 
@@ -118,36 +112,16 @@ for _ in range(3):
     assert first < 5_000 and third < 50
 
 
-def test_critics_go_on_where_a_run_left_them(script, tmp_path, monkeypatch):
-    """Models and value heads of a run can be given to the next one, which begins with them."""
-    folder = script.train(tiny_args(script, tmp_path), small_task(16))
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
-    paths = [str(folder / name) for name in CRITICS[script.__name__]]
-    flags = {} if script.__name__ == "iac_shared" else {"critics": tuple(paths)}
-    flags["agents"] = (str(folder / "agent_0"), str(folder / "agent_1"))
-    seen = []
-    monkeypatch.setattr(common.Run, "__enter__", lambda run: seen.extend(run.learners))
-    with pytest.raises(AttributeError):  # nothing entered: it ends before any step
-        script.train(tiny_args(script, tmp_path, **flags))
-    assert [learner.name for learner in seen] == list(saved)
-    for learner in seen:
-        for name, weight in learner.state_dict().items():
-            assert torch.equal(weight, saved[learner.name][name])
-        if learner.name in CRITICS[script.__name__]:  # it began as zeros
-            assert learner.value_head[0].weight.abs().sum() > 0
-    flags[HIDDEN[script.__name__]] = 4
-    with pytest.raises(common.InputError, match="is of another value_head_hidden_dim"):
-        script.train(tiny_args(script, tmp_path, **flags))
-
-
-def test_eval_only_trains_nothing(script, tmp_path):
+def test_no_epochs_only_evaluate(script, tmp_path):
     folder = script.train(tiny_args(script, tmp_path), small_task(16))
     agents = tuple(str(folder / f"agent_{k}") for k in range(2))
-    args = tiny_args(script, tmp_path, agents=agents, eval_only=True)
+    args = tiny_args(script, tmp_path, agents=agents, num_train_epochs=0)
     again = script.train(args, small_task(16))
     (metrics,) = lines(again)
     assert metrics["eval/reward"] == lines(folder)[-1]["eval/reward"]
-    assert not (again / "agent_0").exists() and not (again / "checkpoint.pt").exists()
+    for name in ("agent_0", "agent_1"):
+        first, second = ((x / name / "model.safetensors") for x in (folder, again))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_the_same_seed_gives_the_same_run(script, tmp_path):
@@ -203,10 +177,10 @@ def test_llama_beside_gpt2_with_other_critics(script, tmp_path):
     flags = {"critics": critics} if critics else {}
     args = tiny_args(script, tmp_path, agents=("tiny", gpt2), critic_type="q", **flags)
     folder = script.train(args, small_task(16))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
     kinds = {"agent_0": "llama", "agent_1": "gpt2", "critic_0": "gpt2"}
     for name, kind in [*kinds.items(), ("critic_1", "llama")][: 2 + len(critics)]:
-        config = json.loads((folder / name / "config.json").read_text())
-        assert config["model_type"] == kind
+        assert any(".wte." in key for key in state[name]) == (kind == "gpt2")
 
 
 def test_a_buffer_fills_over_early_ends(script, tmp_path):
@@ -224,24 +198,6 @@ def test_a_buffer_fills_over_early_ends(script, tmp_path):
     assert all(16 <= count < 16 + 4 for count in counts[:-1])
     assert sum(counts) == 12 * 1 + 12 * 4 == 60  # the odd targets end at once
     assert metrics[-1]["step"] == 24
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_turn_that_cannot_be_read(script, every, tmp_path, capsys):
-    """Where the next prompt is too long, for every item or every second, the episode ends."""
-
-    def go_on(prompt, agent_completions, **_):
-        number = int(prompt.split()[1])
-        return [prompt, "x" * 2000 if number % every == 0 else prompt]
-
-    task = small_task(8, external_transition=go_on)
-    args = tiny_args(script, tmp_path, num_turns=2, rollout_buffer_size=16)
-    (metrics,) = [m for m in lines(script.train(args, task)) if "rollout/reward" in m]
-    assert metrics["rollout/unreadable"] == 1 / every
-    assert metrics["rollout/turns"] == 2 - 1 / every
-    assert math.isfinite(metrics["losses/policy_loss"])
-    told = capsys.readouterr().err
-    assert told.count("an episode ends before turn 1 of item") == 1
 
 
 def test_the_first_update_does_not_wait_for_the_items(script, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What they hold today: bounds to be lowered, never raised. The aims: 480, 790.
-SCRIPT_LINES, COMMON_LINES = 517, 1133
+SCRIPT_LINES, COMMON_LINES = 517, 1078
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
@@ -151,8 +151,8 @@ critic_learning_rate value_loss_coef advantage_normalization rollout_buffer_size
 train_batch_size max_new_tokens temperature top_p top_k num_generations
 external_prompt_passthrough discount early_termination_threshold eval_interval
 eval_num_samples eval_batch_size logging_steps agent_model agents tokenizer model_config
-wandb_config seed task train_file output_dir exp_name resume device dtype max_grad_norm
-lora_rank gradient_checkpointing micro_batch_size entropy_coef eval_only save_interval log_samples"""
+wandb_config seed task train_file output_dir resume device dtype max_grad_norm
+lora_rank gradient_checkpointing micro_batch_size entropy_coef save_interval log_samples"""
 OWN = {
     "maac": "critic_model critics critic_value_head_hidden_dim",
     "iac_separate": "critic_model critics critic_value_head_hidden_dim",

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 import common
 from common import InputError, Sample, Task
 
-TWO = SimpleNamespace(num_agents=2, num_turns=1, eval_only=False, train_file=None)
+TWO = SimpleNamespace(num_agents=2, num_turns=1, train_file=None)
 ITEM = {"prompt": "x"}
 
 
@@ -131,7 +131,7 @@ def test_formatters_one_for_all_or_one_each():
         task = Task([item], print, formatters=Mock(return_value=wrong))
         with pytest.raises(InputError, match="formatter of agent 0: expected a prompt"):
             task.format(item, 0)
-    with pytest.raises(InputError, match="without a formatter: expected a prompt"):
+    with pytest.raises(InputError, match="prompt of agent 0: expected a prompt"):
         Task([item], print).format({"n": 3}, 0)
 
 

@@ -162,7 +162,7 @@ def test_the_most_is_298_and_odd_texts_are_paid_a_number():
 
 def load(train_file, **changes):
     """The task for two agents with the posts of a file."""
-    flags = {"task": TASK, "num_agents": 2, "num_turns": 1, "eval_only": False}
+    flags = {"task": TASK, "num_agents": 2, "num_turns": 1}
     flags |= {"train_file": train_file and str(train_file), **changes}
     return common.load_task(SimpleNamespace(**flags), None)
 
@@ -191,8 +191,8 @@ GOOD = b'{"prompt": "x"}\n'
 UNUSABLE = [
     (b"", "train_dataset is empty"),
     (GOOD, "train_dataset is empty"),  # the one is held out
-    (GOOD + b'{"prompt": \n', "posts.jsonl', line 2: JSONDecodeError: "),
-    (b"prompt,text\n1,2\n", "posts.jsonl', line 1: JSONDecodeError: "),
+    (GOOD + b'{"prompt": \n', "posts.jsonl': JSONDecodeError: .* line 2 "),
+    (b"prompt,text\n1,2\n", "posts.jsonl': JSONDecodeError: .* line 1 "),
     (b'{"prompt": "\xff"}\n' * 2, "posts.jsonl': UnicodeDecodeError: "),
     (None, "posts.jsonl': FileNotFoundError: "),
     (b'["x"]\n' + GOOD, "item .'x'.: .* an item must be a dict"),

@@ -137,7 +137,7 @@ def ours(script: str, task: str, seed: int, args: Args) -> dict:
     """One run as a user starts it: its curves and figures."""
     setting = SETTINGS[task]
     flags = [*shlex.split(setting.flags), "--seed", str(seed)]
-    flags += ["--exp-name", f"{script}-{task}", *shlex.split(args.flags)]
+    flags += shlex.split(args.flags)
     if REAL_MODEL in setting.flags:
         flags += ["--agent-model", args.model]
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags]

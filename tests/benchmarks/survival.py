@@ -103,18 +103,19 @@ def children(run: subprocess.Popen) -> list[int]:
 
 
 def weights(folder: Path) -> dict[str, object]:
-    """The tensors of a run's trained models and value heads."""
-    result: dict[str, object] = {}
-    for path in sorted(folder.glob("*_*/*")):
-        if path.suffix in (".safetensors", ".pt"):
-            load = load_file if path.suffix == ".safetensors" else torch.load
-            for key, tensor in load(path).items():
-                result[f"{path.relative_to(folder)}: {key}"] = tensor
-    return result
+    """The tensors of a run's checkpoint and of its agents' folders."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tensors = dict(state["weights"])
+    for name, optimizer in state["optimizers"].items():
+        for number, moments in optimizer["state"].items():
+            tensors[f"{name} optimizer {number}"] = moments
+    for path in folder.glob("agent_*/model.safetensors"):
+        tensors[path.parent.name + " saved"] = load_file(path)
+    return {f"{x}: {k}": t for x, named in tensors.items() for k, t in named.items()}
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """All that two runs must have in common: weights, value heads, lines without times."""
+    """All that two runs must have in common: weights, moments, lines without times."""
     result = weights(folder)
     for name in ("metrics.jsonl", "samples.jsonl"):
         result[name] = [json.loads(line) for line in (folder / name).open()]
