@@ -113,7 +113,7 @@ class RunArgs:
     device: tuple[str, ...] = ("auto",)
     """cpu, cuda, ..., or several, which the learners take in turn; auto = cuda where it is."""
     save_interval: int = 50
-    """Updates between checkpoints; 0 = one at the end, or where the run is stopped."""
+    """Updates between checkpoints, and one at the end; 0 = only when the run is stopped."""
 
     # evaluation and logging
 
@@ -189,8 +189,7 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
         saved = json.loads((Path(args.resume) / "args.json").read_text())
         flags = {field.name: saved[field.name] for field in fields(args_class)}
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
-        run = args_class(**flags)
-    return tyro.cli(args_class, args=arguments, default=run)
+    return tyro.cli(args_class, args=arguments, default=args_class(**flags))
 
 
 def json_object(text: str | dict, flag: str) -> dict[str, Any]:
@@ -653,13 +652,11 @@ def render(prompt: Prompt) -> str:
     """A prompt as text; of messages, the contents."""
     if isinstance(prompt, str):
         return prompt
-    texts = []
-    for message in prompt:
-        content = message["content"] or ""
+    contents = [message["content"] or "" for message in prompt]
+    for k, content in enumerate(contents):
         if isinstance(content, list):  # of parts: {"type": "text", "text": "Hi"}
-            content = "".join(part.get("text", "") for part in content)
-        texts.append(str(content))
-    return "\n".join(texts)
+            contents[k] = "".join(part.get("text", "") for part in content)
+    return "\n".join(map(str, contents))
 
 
 def save_agent(agent: Learner, folder: Path) -> None:
@@ -866,11 +863,10 @@ class Logs:
 
     def samples(self, samples: list[Sample], step: int, phase: str) -> None:
         """Write joint samples."""
+        keys = ("turn", "item", "prompts", "completions", "reward")
         for sample in samples:
-            line = {"step": step, "phase": phase}
-            for name in ("turn", "item", "prompts", "completions", "reward"):
-                line[name] = getattr(sample, name)
-            self.write("samples.jsonl", line)
+            line = {key: getattr(sample, key) for key in keys}
+            self.write("samples.jsonl", {"step": step, "phase": phase, **line})
 
     def close(self, failed: bool) -> None:
         """End TensorBoard and W&B."""
@@ -900,10 +896,10 @@ class Run:
         self.shown: list[Sample] = []
         self.whole = True  # False within an update: half of one is never saved
         flags = {"script": Path(script).name, "ranks": ranks(), **asdict(args)}
-        flags |= {"resume": None, "task_name": task.name}
-        flags |= {"train_items": len(task.train_dataset)}
+        flags |= {"task_name": task.name, "train_items": len(task.train_dataset)}
+        flags["resume"] = None
         self.flags = json.loads(json.dumps(flags, default=str))  # as args.json has them
-        same = all(self.flags == other for other in gather(self.flags))
+        same = gather(self.flags) == [self.flags] * ranks()
         require(same, f"task {task.name!r} has other items in every process")
         name = f"{Path(script).stem}__{task.name}__{args.seed}__"
         folder = Path(args.output_dir) / (name + time.strftime("%Y%m%d-%H%M%S"))
@@ -920,10 +916,13 @@ class Run:
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
             was = {**json.loads((self.folder / "args.json").read_text())}
-        for name in self.flags.keys() - {flag.name for flag in fields(RunArgs)}:
+        free = {flag.name for flag in fields(RunArgs)}
+        for name in (name for name in self.flags if name not in free):
             old, now = was.get(name), self.flags[name]
             require(old == now, f"{failure}: {name} was {old!r} and is {now!r}")
         if not self.checkpoint.exists():
+            finished = (self.folder / self.learners[0].name).exists()
+            require(not finished, f"{failure}: it is finished and has no checkpoint")
             return
         with attempting(f"checkpoint {str(self.checkpoint)!r} is damaged"):
             with zipfile.ZipFile(self.checkpoint) as file:
@@ -935,8 +934,8 @@ class Run:
                 learner.load_state_dict(learner.state_dict() | weights)
                 learner.optimizer.load_state_dict(state["optimizers"][learner.name])
         vars(self).update(state["counts"])
-        played = f"it has played {self.items} items of {self.total_items}"
-        require(self.items <= self.total_items, f"{failure}: {played}")
+        fits = self.items <= self.total_items
+        require(fits, f"{failure}: it has played {self.items} items already")
 
     def __enter__(self) -> Self:
         if rank() == 0:
@@ -946,9 +945,9 @@ class Run:
             aside.replace(self.folder / "args.json")
         self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
         often = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
-        options = {"mininterval": often, "maxinterval": often, "initial": self.items}
-        options["disable"] = rank() > 0 or self.total_items == 0
-        self.bar = tqdm(unit="item", total=self.total_items, **options)
+        options = {"mininterval": often, "maxinterval": often, "unit": "item"}
+        options |= {"total": self.total_items, "initial": self.items}
+        self.bar = tqdm(**options, disable=rank() > 0)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1070,9 +1069,10 @@ class Run:
 
     def save(self) -> None:
         """Write the last checkpoint, each agent as a folder, and curves.png."""
-        self.save_checkpoint()
+        if self.args.save_interval > 0:
+            self.save_checkpoint()
+        agents = [x for x in self.learners if x.name.startswith("agent")]
+        for agent in agents if rank() == 0 else ():
+            save_agent(agent, self.folder / agent.name)
         if rank() == 0:
-            for learner in self.learners:
-                if learner.name.startswith("agent"):
-                    save_agent(learner, self.folder / learner.name)
             draw_curves(self.folder)

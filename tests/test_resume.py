@@ -79,8 +79,9 @@ def ends(script, args, owner, name, patch):
 
 
 def go_on(script, out):
-    """The outcome of the command that an ended run printed."""
+    """The outcome of the command that an ended run printed, with a checkpoint at its end."""
     words = out.split(f"go on with: python {script.__name__}.py ")[1].split()
+    words += ["--save-interval", "2"]
     return outcome(script.train(common.parse_args(script.Args, words), game()))
 
 
@@ -215,8 +216,11 @@ def test_a_finished_run_can_be_prolonged(script, whole, tmp_path):
     assert same(weights(folder), one)
     assert script.train(args, game()) == folder
     assert same(weights(folder), weights(whole(script)))
-    with pytest.raises(common.InputError, match="has played 20 items of 10"):
+    with pytest.raises(common.InputError, match="has played 20 items already"):
         script.train(replace(args, num_train_epochs=1), game())
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(common.InputError, match="is finished and has no checkpoint"):
+        script.train(replace(args, num_train_epochs=5), game())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
