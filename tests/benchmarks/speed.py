@@ -8,8 +8,8 @@
 installs into an environment of its own) and the floor (floor.py): one update of 16 joint samples,
 the first of its process, every completion of full length, loading left out. A line per process is
 printed and added to --output; the table is of all lines there: medians over the rounds, and the
-range of the ratios. --rounds 0 prints the table alone. bfloat16 is autocast, set against the
-reference in float32. Everything runs on the CPU. `default` takes the time of a script's functions
+range of the ratios. --rounds 0 prints the table alone. bfloat16 (autocast) and LoRA, which has no
+floor, are set against the reference in float32 with all weights. Everything runs on the CPU. `default` takes the time of a script's functions
 from outside, in a process per script, without evaluations.
 """
 
@@ -37,6 +37,9 @@ REFERENCE = "comlrl==1.4.3"
 UNUSED_TOKEN = "<jupyter_output>"  # of SmolLM2; never sampled, so nothing ends early
 CASES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}}
 CASES["four_generations"] = {"num_generations": 4}
+CASES["lora"] = {"lora_rank": 16}
+CASES["lora_bfloat16"] = {"lora_rank": 16, "dtype": "bfloat16"}
+OURS_ALONE = {"bfloat16", "lora", "lora_bfloat16"}  # against the reference in float32
 PHASES = {  # functions of a script, none of which calls another
     "generation": ("generate",),
     "values": ("estimate_values",),
@@ -65,7 +68,7 @@ class Args:
     scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
     """Scripts to measure."""
     cases: tuple[str, ...] = tuple(CASES)
-    """Cases of `compare`: float32, bfloat16, four_generations."""
+    """Cases of `compare`: float32, bfloat16, four_generations, lora, lora_bfloat16."""
     buffer: int = 16
     """Joint samples of an update in `compare`."""
     max_new_tokens: int = 64
@@ -90,6 +93,7 @@ class Job:
     script: str
     dtype: str = "float32"
     num_generations: int = 1
+    lora_rank: int | None = None
     num_agents: int = 2
     buffer: int = 16
     max_new_tokens: int = 64
@@ -171,8 +175,9 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
         flags |= {"num-train-epochs": 1, "log-samples": 0, "save-interval": 0}
         for name in ("num_agents", "num_generations", "max_new_tokens", "dtype"):
             flags[name] = getattr(job, name)
-        if job.micro_batch_size is not None:
-            flags["micro-batch-size"] = job.micro_batch_size
+        for name in ("micro_batch_size", "lora_rank"):
+            if getattr(job, name) is not None:
+                flags[name] = getattr(job, name)
         words = [str(word) for key, x in flags.items() for word in (f"--{key}", x)]
         script = str(HERE.parents[1] / f"{job.script}.py")
         out, memory = run([sys.executable, script, *words])
@@ -203,8 +208,9 @@ def compare(args: Args, measured: Callable[[Job], dict]) -> str:
     for _ in range(args.rounds):
         for script, case in pairs:
             measured(Job("ours", script, **base, **CASES[case], **ours))
-            measured(Job("floor", script, **base, **CASES[case], **ours))
-            if case != "bfloat16":
+            if "lora" not in case:
+                measured(Job("floor", script, **base, **CASES[case], **ours))
+            if case not in OURS_ALONE:
                 measured(Job("reference", script, **base, **CASES[case]))
     lines = [json.loads(line) for line in args.output.read_text().splitlines()]
 
@@ -216,7 +222,7 @@ def compare(args: Args, measured: Callable[[Job], dict]) -> str:
     rows = []
     for script, case in pairs:
         mine, floor = results("ours", script, case), results("floor", script, case)
-        against = "float32" if case == "bfloat16" else case
+        against = "float32" if case in OURS_ALONE else case
         theirs = results("reference", script, against)
         if not mine:
             continue
@@ -317,7 +323,7 @@ def main(args: Args) -> None:
     """Run the parts that were asked for and print their tables."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        against = "compare" in args.parts and set(args.cases) != {"bfloat16"}
+        against = "compare" in args.parts and not set(args.cases) <= OURS_ALONE
         python = install_reference(args.environment) if against else None
         if set(args.parts) & {"compare", "growth"}:
             model = endless(args.model, Path(folder))
