@@ -38,7 +38,7 @@ RUN_BY = {
     r"torchrun (--nproc\S+ 2 \w+\.py --resume|--nnodes 2) \.\.\.": "tests/test_ranks.py",
     r"python \w+\.py --help": "test_the_help_shows_every_flag",
     r"python tests/benchmarks/learning\.py.*": "test_the_learning_benchmark",
-    r"python tests/benchmarks/(speed|survival|mutants)\.py.*": "test_benchmark",
+    r"python tests/benchmarks/(speed|survival|mutants|memory)\.py.*": "test_benchmark",
     r"diff \w+\.py \w+\.py": "test_scripts_differ_as_it_says",
     r"git apply (-R )?tests/exercises/\w+\.patch": "tests/test_exercises.py",
     r"python -m pytest tests -k test_\d\d": "test_its_tables_are_those_of_the_tests",
@@ -85,6 +85,7 @@ def test_command(command, run, request):
         command = command.replace(".cache/smollm2", request.getfixturevalue("smollm2"))
         items = "tests/problems.jsonl" if "code.py" in command else "tests/posts.jsonl"
         few = Path(items).read_text().splitlines(keepends=True)[:17]
+        few = ['{"string": "IT"}\n'] * 17 if "str_build" in command else few
         Path("few.jsonl").write_text("".join(few))
         more += ["--train-file=few.jsonl", "--max-new-tokens=8", "--save-interval=0"]
     if "runs/RUN" in command:
@@ -218,6 +219,8 @@ BENCHMARKS = {  # what is printed; so short a run has not learned, its checkpoin
     r"iac_shared.py \| bfloat16 \| [\d.]+ \| - .*iac_shared.py \| \d+ (\| \d+ % ){4}\|",
     "survival.py --parts kill cost ranks --kills 1 --scripts iac_shared --flags=--num-train-epochs=2":
     r"ranks 1: 1 of 1 the same.* 2 saves, (.*rank \d killed, \[\] left, \d\.\d s){2}",
+    "memory.py --scripts iac_shared --ranks 16 --buffer 2 --max-new-tokens 2 --model MODEL":
+    r"\| iac_shared.py \| 2 \| LoRA 16 \| .*\| Qwen3-4B \| LoRA, bfloat16 \| \d+ \|",
     "mutants.py 8": r" 8 killed: ",
 }  # fmt: skip
 
