@@ -5,14 +5,18 @@
 
 The formula, in bytes, for N actors and C critics (none in iac_shared.py) of P parameters each:
 
-    all weights: 12 P (N + C), float32 weights and Adam's two moments, and 4 P, the gradient of
-        the one that is being updated
+    all weights: 12 P (N + C), float32 weights and Adam's two moments
     LoRA: b P for the frozen base that all share, b = 4 or 2 by --dtype, and 16 A (N + C), A the
         parameters of an adapter: its weights, gradient and moments are float32
-    and the larger of generation: the cache of keys and values of the buffer's samples,
-    and update: activations of a micro-batch of m samples of P + T tokens, b (8 H + 5 F) for each
-        token and layer, and 6 float32 tensors of scores (m, T, V)
+    and the largest of generation: the cache of keys and values of the buffer's samples,
+        of update: activations of a micro-batch of m samples of L tokens, T of them new, b (14 H +
+        5 F) for each token and layer, H hidden units and F of the MLP, and 8 float32 tensors of
+        scores (m, T, V),
+        and of the gradient of all weights: 4 P, of the one model that is being updated
     and 0.5 GB for Python and torch.
+
+That counts what a Llama's layer keeps for its backward pass; a critic of maac.py reads the
+prompts of all agents, which is longer.
 
 --gradient-checkpointing leaves b H for each token and layer, and one layer's activations.
 """
@@ -72,27 +76,24 @@ def predicted(
     )
     bytes_of = 2 if job.dtype == "bfloat16" else 4
     whole, tokens = model.num_parameters(), prompt_tokens + job.max_new_tokens
-    state = 12 * whole * learners + 4 * whole
+    state, gradient = 12 * whole * learners, 4 * whole
     if job.lora_rank is not None:
         adapter = job.lora_rank * sum(x.in_features + x.out_features for x in linear)
-        state = bytes_of * whole + 16 * adapter * learners
+        state, gradient = bytes_of * whole + 16 * adapter * learners, 0
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     cache = 2 * layers * config.num_key_value_heads * head * bytes_of
     samples = job.micro_batch_size or job.buffer
-    activations = bytes_of * layers * (8 * hidden + 5 * config.intermediate_size)
-    scores = 6 * 4 * samples * job.max_new_tokens * config.vocab_size
+    activations = bytes_of * layers * (14 * hidden + 5 * config.intermediate_size)
+    scores = 8 * 4 * samples * job.max_new_tokens * config.vocab_size
     update = samples * tokens * activations + scores
-    terms = {
-        "state": state,
-        "generation": job.buffer * tokens * cache,
-        "update": update,
-    }
+    terms = {"state": state, "generation": job.buffer * tokens * cache}
+    terms |= {"update": update, "gradient": gradient}
     return {name: size / 1e9 for name, size in terms.items()}
 
 
 def peak(terms: dict[str, float]) -> float:
     """The formula's sum, in GB."""
-    return 0.5 + terms["state"] + max(terms["generation"], terms["update"])
+    return 0.5 + terms["state"] + max(x for name, x in terms.items() if name != "state")
 
 
 def main(args: Args) -> None:
