@@ -6,7 +6,8 @@ import pytest
 import torch
 from benchmarks.survival import outcome, same
 from conftest import save_model, small_task, tiny_args
-from transformers import AutoModelForCausalLM
+from test_resume import flags, game, killed
+from transformers import AutoModel, AutoModelForCausalLM
 
 import common
 from common import InputError
@@ -51,8 +52,8 @@ def merged(learner):
 def test_the_gradient_is_autograds_through_w_and_ba(script, checkpointing, tmp_path):
     """dW of the merged model, by the chain rule: dB = 2 dW A', dA = 2 B' dW; to 1e-5, some
     hundred roundings of float32. Gradient checkpointing changes nothing."""
-    flags = {"gradient_checkpointing": checkpointing, "max_new_tokens": 3}
-    args, (actor, _) = team(script, tmp_path, **flags)
+    changes = {"gradient_checkpointing": checkpointing, "max_new_tokens": 3}
+    args, (actor, _) = team(script, tmp_path, **changes)
     actor.value_head = script.value_head(actor, None)
     stir(actor)
     *layers, (_, _, _, model) = merged(actor)
@@ -95,10 +96,32 @@ def test_learners_share_one_base_and_nothing_else(script, tmp_path):
     assert torch.allclose(again(ids).logits, adapted, atol=1e-5)
 
 
+def test_the_critic_shares_the_base_too(script, tmp_path):
+    """Over the base's weights, of a model with a tied head, in bfloat16; what is trained is not."""
+    name = save_model(tmp_path / "model", tie_word_embeddings=True)
+    args = tiny_args(script, tmp_path, lora_rank=3, dtype="bfloat16", agent_model=name)
+    (actor,) = common.load_learners("agent", AutoModelForCausalLM, [name], 1, args)
+    others = [actor]
+    (critic,) = common.load_learners("critic", AutoModel, [name], 1, args, others)
+    places = {x.data_ptr() for x in actor.base[0].parameters()}
+    for learner in (actor, critic):
+        for weight in learner.model.parameters():
+            assert weight.requires_grad != (weight.data_ptr() in places)
+            assert weight.dtype == torch.float32 or not weight.requires_grad
+    assert critic.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+
+
+def test_killed_with_adapters(script, tmp_path):
+    """In the middle of an update, and gone on with, to the bit."""
+    whole = script.train(flags(script, tmp_path / "a", lora_rank=2), game())
+    args = killed(script, tmp_path / "b", "script.step", 28, lora_rank=2)
+    assert same(outcome(script.train(args, game())), outcome(whole))
+
+
 def test_resumed_with_adapters(script, tmp_path, monkeypatch):
     """To the bit; the checkpoint holds what is trained alone."""
-    flags = {"lora_rank": 2, "save_interval": 1, "dtype": "bfloat16"}
-    whole = script.train(tiny_args(script, tmp_path / "a", **flags), small_task(32))
+    more = {"lora_rank": 2, "save_interval": 1, "dtype": "bfloat16"}
+    whole = script.train(tiny_args(script, tmp_path / "a", **more), small_task(32))
     calls = []
 
     def update(*given, inner=script.update):
@@ -109,9 +132,9 @@ def test_resumed_with_adapters(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "update", update)
     with pytest.raises(InputError, match="stopped"):
-        script.train(tiny_args(script, tmp_path / "b", **flags), small_task(32))
+        script.train(tiny_args(script, tmp_path / "b", **more), small_task(32))
     (left,) = (tmp_path / "b").iterdir()
     state = torch.load(left / "checkpoint.pt", weights_only=True)["weights"]
     assert all("lora" in k or "value_head" in k for x in state.values() for k in x)
-    args = tiny_args(script, tmp_path, **flags, resume=str(left))
+    args = tiny_args(script, tmp_path, **more, resume=str(left))
     assert same(outcome(script.train(args, small_task(32))), outcome(whole))

@@ -85,10 +85,11 @@ def go_on(script, out):
     return outcome(script.train(common.parse_args(script.Args, words), game()))
 
 
-def killed(script, folder, place, call):
+def killed(script, folder, place, call, **changes):
     """The arguments to go on with, once a run was killed (SIGKILL) at the `call`th call of the
     function at `place`, such as "Run.save"; where that writes, with half of it written."""
-    args, calls, (owner, name) = flags(script, folder), count(1), place.split(".")
+    args, calls = flags(script, folder, **changes), count(1)
+    owner, name = place.split(".")
     owner = {"script": script, "torch": torch}.get(owner) or getattr(common, owner)
     inner = getattr(owner, name)
 
