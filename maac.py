@@ -81,8 +81,8 @@ class Args(common.TaskArgs):
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
-    value_loss_coef: float = 1.0
-    """Weight of the critic loss; a critic's own Adam feels it under max_grad_norm only."""
+    value_loss_coef: float = 0.1
+    """Weight of the critic loss: at 1, returns of -2 drown the policy on a backbone they share."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
