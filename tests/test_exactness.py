@@ -144,6 +144,7 @@ def test_01_tokens_are_drawn_by_the_cumulative_distribution(script):
 def test_28_a_critic_reads_each_text_once(script):
     """And gives the values and the gradient that reading each text by itself gives."""
     args, critic = script.Args(max_grad_norm=0.0), micro_learner(script, head=True)
+    args.value_loss_coef = 1.0
     texts = [[2, 3, 4], [4], [2, 3, 4], [2, 3, 4], [4], [3, 2]]  # three distinct ones
     targets = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
     values = torch.cat([script.critic_values(critic, [text], args) for text in texts])
