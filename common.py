@@ -81,8 +81,7 @@ def attempting(what: str) -> Iterator[None]:
 
 
 def main(args_class: type, train: Callable) -> None:
-    """Train with the flags of the command line. What a user can mend becomes a sentence on
-    standard error and exit status 2."""
+    """Train with the command line's flags; an InputError is one sentence and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a ? for what a terminal cannot show
     try:
         train(parse_args(args_class))
@@ -202,9 +201,8 @@ def setup(args: Any, task: "Task | None") -> "Task":
     """Check the flags, join the ranks, load the task: the given one, or that of the flags."""
     for names, limit, fits in LIMITS:
         for name in names.split():
-            value = getattr(args, name, None)
-            good = value is None or fits(value)
-            require(good, f"{name} must be {limit}, got {value!r}")
+            v = getattr(args, name, None)
+            require(v is None or fits(v), f"{name} must be {limit}, got {v!r}")
     pick_device(args, 0)  # where that fails, it should do so before a task is loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available()
@@ -275,11 +273,11 @@ class Task:
         formatter = self.formatters
         if isinstance(formatter, Sequence):
             formatter = formatter[agent]
-        source = "formatter" if formatter else "prompt"
-        with self.calling(f"{source} of agent {agent}", item):
+        own = formatter is None
+        with self.calling(f"{'prompt' if own else 'formatter'} of agent {agent}", item):
             require(isinstance(item, dict), "an item must be a dict")
             item = copy.deepcopy(item)
-            return checked_prompt(formatter(item) if formatter else item.get("prompt"))
+            return checked_prompt(item.get("prompt") if own else formatter(item))
 
     def pay(self, samples: list[Sample]) -> list[float]:
         """The rewards of the joint samples of one item, a finite number each."""
@@ -672,10 +670,13 @@ def save_agent(agent: Learner, folder: Path) -> None:
             weights = {f"base_model.model.{k}": x for k, x in weights.items()}
             model.peft_config["default"].save_pretrained(folder / "adapter")
             save_file(weights, folder / "adapter" / "adapter_model.safetensors")
-            model = copy.deepcopy(agent.base[0]).float()
+            (base,), copies = agent.base, {}  # made beside the device's memory
+            for x in base.parameters():
+                copies[id(x)] = nn.Parameter(x.to("cpu", torch.float32, copy=True))
+            model = copy.deepcopy(base, copies)
             for name, layer in agent.model.named_modules():
                 if hasattr(layer, "get_delta_weight"):
-                    delta = layer.get_delta_weight("default")
+                    delta = layer.get_delta_weight("default").cpu()
                     model.get_submodule(name).weight.data += delta
         model.save_pretrained(folder)
         agent.tokenizer.save_pretrained(folder)
@@ -1017,8 +1018,7 @@ class Run:
         done = f"update {self.updates}, return {metrics['rollout/return']:.3f}"
         self.bar.set_postfix_str(f"{done}, {rate:.3g} samples/s", refresh=False)
         self.bar.update(items)
-        interval = self.args.save_interval or math.inf
-        self.pause(due=self.updates % interval == 0)
+        self.pause(due=self.updates % (self.args.save_interval or math.inf) == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
         """Write an evaluation's metrics and samples, if there are any."""

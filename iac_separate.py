@@ -82,7 +82,7 @@ class Args(common.TaskArgs):
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
     value_loss_coef: float = 0.1
-    """Weight of the critic loss: at 1, returns of -2 drown the policy on a backbone they share."""
+    """Weight of the critic loss; in iac_shared.py 1 lets returns of -2 drown the policy's."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True

@@ -17,8 +17,6 @@ The formula, in bytes, for N actors and C critics (none in iac_shared.py) of P p
 
 That counts what a Llama's layer keeps for its backward pass; a critic of maac.py reads the
 prompts of all agents, which is longer.
-
---gradient-checkpointing leaves b H for each token and layer, and one layer's activations.
 """
 
 import sys
@@ -29,7 +27,12 @@ from pathlib import Path
 import torch
 import tyro
 from speed import SCRIPTS, Job, endless, measure, table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
 QWEN = {"vocab_size": 151936, "tie_word_embeddings": True, "head_dim": 128}
 FIELD = {  # the paper's models: hidden size, intermediate size, layers, heads, heads of the cache
@@ -102,6 +105,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = AutoConfig.from_pretrained(args.model) if args.scripts else None
         model = endless(args.model, Path(folder)) if args.scripts else None
+        tokenizer = AutoTokenizer.from_pretrained(args.model) if args.scripts else None
         sizes = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
         sizes["micro_batch_size"] = args.micro_batch_size
         jobs = [
@@ -112,7 +116,8 @@ def main(args: Args) -> None:
         ]
         for job in jobs:
             found = measure(job, model, sys.executable, Path(folder))["memory"] / 1e3
-            terms = predicted(config, job, prompt_tokens=35)
+            read = max(map(len, tokenizer(job.prompts).input_ids))
+            terms = predicted(config, job, prompt_tokens=read)
             mode = "all weights" if job.lora_rank is None else f"LoRA {job.lora_rank}"
             sums = [f"{found:.2f}", f"{peak(terms):.2f}", f"{peak(terms) / found:.2f}"]
             rows.append([f"{job.script}.py", f"{job.num_agents}", mode, *sums])
