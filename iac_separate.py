@@ -180,34 +180,35 @@ def draw_tokens(scores: Tensor, uniforms: Tensor) -> Tensor:
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     """Sample a completion for each prompt, all in one batch. It goes up to its first
-    end-of-sequence token, inclusive, or to max_new_tokens."""
+    end-of-sequence token, inclusive, or to max_new_tokens; when half of the batch has
+    ended, the rest goes on without it."""
     texts, rows = distinct(prompts)
     inputs, _ = pad_batch(actor, texts)
-    rows = torch.tensor(rows, device=actor.model.device)  # (B,)
+    rows = torch.tensor(rows, device=actor.model.device)  # of the batch, which go on
+    live, cache = torch.arange(len(rows), device=rows.device), None  # their samples
     end_ids = torch.tensor(actor.end_ids, dtype=rows.dtype, device=rows.device)
+    sampled = rows.new_full((len(rows), args.max_new_tokens), -1)  # (B, T)
     uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
-    sampled, ended, cache = [], torch.zeros_like(rows, dtype=torch.bool), None
-    for uniform in uniforms.to(rows.device):
-        options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
-        output = actor.model(**inputs, **options)
+    for place, uniform in enumerate(uniforms.to(rows.device)):
+        output = actor.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         logits, cache = output.logits[:, -1], output.cache
-        if not sampled:  # each distinct prompt was read once: now a row for each sample
-            logits = logits[rows]  # (B, V)
+        if rows is not None:  # at first a row for each sample of the distinct prompts
+            logits = logits[rows]  # (live samples, V)
             cache.reorder_cache(rows)
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
-        tokens = draw_tokens(warp(actor, logits, args), uniform)  # (B,)
-        sampled.append(tokens)
-        ended |= torch.isin(tokens, end_ids)
-        if ended.all():
+        tokens = draw_tokens(warp(actor, logits, args), uniform[live])
+        sampled[live, place] = tokens
+        going = ~torch.isin(sampled[live], end_ids).any(1)
+        if not going.any():
             break
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        places = inputs["position_ids"][:, -1:] + 1
-        inputs = {"input_ids": tokens[:, None], "attention_mask": mask}
-        inputs["position_ids"] = places
-    tokens = torch.stack(sampled, dim=1)  # (B, T)
-    ends = torch.isin(tokens, end_ids).long()
+        inputs |= {"input_ids": tokens[:, None], "attention_mask": mask}
+        inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+        rows = going.nonzero().squeeze(1) if 2 * going.sum() <= len(live) else None
+        live = live if rows is None else live[rows]
+    ends = torch.isin(sampled, end_ids).long()
     kept = ends.cumsum(1) - ends == 0  # through the first end
-    return [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
+    return [row[keep].tolist() for row, keep in zip(sampled, kept, strict=True)]
 
 
 # ------------------------------------------------------------ log-probabilities
@@ -335,9 +336,8 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
     values = [torch.zeros(0)]
-    for part in common.slices(
-        len(texts), args.micro_batch_size or args.train_batch_size
-    ):
+    size = args.micro_batch_size or args.train_batch_size
+    for part in common.slices(len(texts), size):
         values.append(critic_values(critic, texts[part], args).cpu())
     return torch.cat(values)
 

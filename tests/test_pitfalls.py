@@ -543,6 +543,27 @@ def test_28_generation_reads_each_prompt_once(script):
     assert len({tuple(ids) for ids in drawn[::6]}) > 3
 
 
+def test_28_generation_goes_on_without_rows_that_ended(script):
+    """Every text is that of a full forward pass per token with the sample's own draws, to the
+    letter: the scores differ by 1e-6 at most, and no draw is as near to a token's edge."""
+    args = script.Args(max_new_tokens=20)
+    actor = micro_learner(script, vocabulary=5, seed=1)
+    texts = [[2, 3, 4], [4], [3, 2]] * 8
+    rows, table = [], actor.model.get_input_embeddings()
+    hook = table.register_forward_hook(lambda m, i, o: rows.append(len(o)))
+    drawn = script.generate(actor, texts, rng(), args)
+    hook.remove()
+    assert rows[:2] == [3, 24] and len(set(rows)) > 3  # 12 or fewer, 6 or fewer
+    uniforms = torch.rand(20, 24, generator=rng())
+    for k, (text, found) in enumerate(zip(texts, drawn, strict=True)):
+        written = []
+        while len(written) < 20 and written[-1:] != [1]:
+            scores = actor.model(torch.tensor([text + written])).logits[0, -1:]
+            u = uniforms[len(written), k : k + 1]
+            written += script.draw_tokens(script.warp(actor, scores, args), u).tolist()
+        assert found == written
+
+
 def test_a_folder_without_a_language_model_head_is_no_actor(tmp_path):
     """Its head would be new and random."""
     name = save_model(tmp_path / "whole")

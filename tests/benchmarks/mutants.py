@@ -24,7 +24,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (3, "padding by the pad token", 'padding = inputs["attention_mask"][:, width:] == 0', "padding = tokens == actor.tokenizer.pad_token_id", "test_03"),
     (3, "the end in the text", "words = ids[:-1] if ended else ids", "words = ids", "test_03"),
     (4, "no positions", "(mask.cumsum(1) - 1).clamp(min=0)", "torch.arange(mask.shape[1]).expand_as(mask)", "test_04"),
-    (4, "positions of new tokens", 'inputs["position_ids"] = places', 'inputs["position_ids"] = places * 0 + mask.shape[1] - 1', "test_generation_in_a_padded"),
+    (4, "positions of new tokens", 'inputs["position_ids"][:, -1:] + 1', 'inputs["position_ids"][:, -1:] * 0 + mask.shape[1] - 1', "test_generation_in_a_padded"),
     (5, "dropout as configured", "setattr(part, key, 0.0)", "pass", "test_05"),
     (6, "the checkpoint's dtype", '"dtype": torch.float32,', '"dtype": "auto",', "test_06"),
     (6, "bfloat16 scores", "scores = logits.float() /", "scores = logits /", "test_06"),
@@ -42,7 +42,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (11, "each rank's own whitening", "torch.cat(common.gather(weights))", "weights", "test_11"),
     (11, "each rank's own gradient", "    common.sum_gradients(learner)\n", "", "test_11"),
     (12, "all logits in the update", 'options = {"use_cache": False, "logits_to_keep": places}', 'options = {"use_cache": False}\n    actor.model.lm_head.register_forward_hook(lambda m, i, o: o[:, places])', "test_12"),
-    (12, "all logits in sampling", '"logits_to_keep": 1}', '"logits_to_keep": 0}', "test_12"),
+    (12, "all logits in sampling", "use_cache=True, logits_to_keep=1", "use_cache=True, logits_to_keep=0", "test_12"),
     (13, "a second pass for the value", "values = actor.value_head(hidden.float())", "values = critic_values(actor, prompts, args)", "test_13"),
     (13, "old log-probabilities", "        losses = -logprobs", "        sequence_logprobs(actor, *texts, args)\n        losses = -logprobs", "test_13"),
     (14, "text encoded again", "sample.completion_ids.append(ids)", "sample.completion_ids.append(actor.tokenizer(text).input_ids or ids[:1])", "test_14"),
@@ -81,7 +81,9 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (27, "0 times log 0", "logprobs.clamp(min=-1e9)", "logprobs", "test_27"),
     (28, "each sample's text", "return list(map(list, places)), [places[tuple(ids)] for ids in texts]", "return texts, list(range(len(texts)))", "test_28_a_critic"),
     (28, "each sample's prompt", "texts, rows = distinct(prompts)", "texts, rows = prompts, list(range(len(prompts)))", "test_28_generation"),
-    (28, "one text for all", "uniform)  # (B,)", "uniform[rows])  # (B,)", "test_28_generation"),
+    (28, "ended rows stay", "going.nonzero().squeeze(1) if 2 * going.sum() <= len(live) else None", "None", "test_28_generation"),
+    (28, "another sample's draws", "live if rows is None else live[rows]", "live if rows is None else live[: len(rows)]", "test_28_generation"),
+    (28, "one text for all", "uniform[live])", "uniform[live * 0])", "test_28_generation"),
 ]  # fmt: skip
 
 
