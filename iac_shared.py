@@ -54,7 +54,7 @@ class Args(common.TaskArgs):
     num_turns: int = 1
     """Turns of an episode at most; above 1 the task needs an external_transition."""
     num_generations: int = 1
-    """Episodes (joint completions) per item."""
+    """Episodes per item."""
     discount: float = 1.0
     """γ, the weight of the next turn's value, from 0 to 1."""
     early_termination_threshold: float | None = None
@@ -81,13 +81,13 @@ class Args(common.TaskArgs):
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
     value_loss_coef: float = 0.1
-    """Weight of the critic loss; in iac_shared.py 1 lets returns of -2 drown the policy's."""
+    """Weight of the critic loss beside the policy's, where they share a model; and in clipping."""
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
     """Whiten the advantages over the buffer."""
     rollout_buffer_size: int = 64
-    """Samples (a turn of an episode each) per agent to collect before an update."""
+    """Joint samples (a turn of an episode each) of an update, at least, over all ranks."""
     train_batch_size: int | None = None
     """Samples of a minibatch at most, one optimizer step each; None = the buffer."""
     micro_batch_size: int | None = None
@@ -190,7 +190,7 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
     for place, uniform in enumerate(uniforms.to(rows.device)):
         output = actor.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1], output.cache
+        logits, cache = output.logits[:, -1], output.cache  # once past_key_values
         if rows is not None:  # at first a row for each sample of the distinct prompts
             logits = logits[rows]  # (live samples, V)
             cache.reorder_cache(rows)
@@ -281,7 +281,7 @@ def play(
             rows = common.encode(actor, live, prompts, room=args.max_new_tokens)
             for sample, ids in zip(live, rows, strict=True):
                 sample.prompt_ids.append(ids)
-        live = [s for s in live if all(s.prompt_ids)]  # else the turn is not played
+        live = [s for s in live if all(s.prompt_ids)]  # no ids: it cannot be read
         act(actors, live, generator, args)
         critic_texts(critics, live, args)
         live = [s for s in live if all(s.critic_ids)]
@@ -345,12 +345,12 @@ def td_targets(samples: list[Sample], values: Tensor, args: Args) -> Tensor:
     """The targets (2) of samples, turn after turn, from their values: (B,)."""
     rewards = torch.tensor([sample.reward for sample in samples])
     done = torch.tensor([sample.done for sample in samples], dtype=torch.bool)
-    next_values = values.roll(-1).masked_fill(done, 0.0)  # a buffer ends with an end
+    next_values = values.roll(-1).masked_fill(done, 0.0)  # the last sample is done
     return rewards + args.discount * next_values  # (2)
 
 
 def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
-    """The actor's weights (3), whitened over all ranks' buffers if asked for: (B,)."""
+    """What weighs log π in (4): (3), whitened over all ranks' buffers if asked for: (B,)."""
     weights = targets - values if args.critic_type == "v" else values  # (3)
     everyones = torch.cat(common.gather(weights)).double()
     if args.advantage_normalization and len(everyones) == 1:
@@ -367,12 +367,12 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 def minibatches(
     samples: list[Sample], generator: Rng, args: Args
 ) -> tuple[list[list[int]], list[float]]:
-    """The places of a buffer's samples in random order, cut into minibatches, and the share of
-    each in the buffer; over all ranks, which take as many steps each. Within one, samples
+    """The places of a buffer's samples in random order, dealt into minibatches, as many on every
+    rank, and the share of each in the buffer, both over all ranks. Within one, samples
     stand by length, so that micro-batches need little padding."""
     counts = common.gather(len(samples))
     number = math.ceil(sum(counts) / (args.train_batch_size or sum(counts)))
-    first = sum(counts[: common.rank()])  # the ranks deal one after another
+    first = sum(counts[: common.rank()])  # dealt on where the ranks before stop
     order = torch.randperm(len(samples), generator=generator)
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     parts = [order[(k - first) % number :: number].tolist() for k in range(number)]
@@ -387,7 +387,7 @@ def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, floa
     common.sum_gradients(learner)
     limit = args.max_grad_norm or math.inf
     norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
-    failure = f"{learner.name}: the gradient is not finite; no weight has it yet"
+    failure = f"{learner.name}: the gradient is not finite; no step has it yet"
     common.require(norm.isfinite(), f"{failure}, try a smaller learning rate")
     learner.optimizer.step()
     learner.optimizer.zero_grad()
@@ -490,7 +490,7 @@ def train(args: Args, task: Task | None = None) -> Path:
             generator = common.seeded(args, "update", run.updates, common.rank())
             places = order[played : played + args.rollout_buffer_size]  # enough of them
             samples = collect(actors, critics, task, places, generator, args)
-            run.begin_update(samples)
+            run.begin_update(samples)  # their items are counted in log_update
             run.log_update(update(actors, critics, samples, generator, args))
             if run.evaluation_due():
                 run.log_evaluation(evaluate(actors, task, args))

@@ -38,7 +38,7 @@ RUN_BY = {
     r"torchrun (--nproc\S+ 2 \w+\.py --resume|--nnodes 2) \.\.\.": "tests/test_ranks.py",
     r"python \w+\.py --help": "test_the_help_shows_every_flag",
     r"python tests/benchmarks/learning\.py.*": "test_the_learning_benchmark",
-    r"python tests/benchmarks/(speed|survival|mutants|memory)\.py.*": "test_benchmark",
+    r"python tests/benchmarks/(speed|survival|mutants|memory|precision)\.py.*": "test_benchmark",
     r"diff \w+\.py \w+\.py": "test_scripts_differ_as_it_says",
     r"git apply (-R )?tests/exercises/\w+\.patch": "tests/test_exercises.py",
     r"python -m pytest tests -k test_\d\d": "test_its_tables_are_those_of_the_tests",
@@ -222,6 +222,7 @@ BENCHMARKS = {  # what is printed; so short a run has not learned, its checkpoin
     r"ranks 1: 1 of 1 the same.* 2 saves, (.*rank \d killed, \[\] left, \d\.\d s){2}",
     "memory.py --scripts iac_shared --ranks 16 --buffer 2 --max-new-tokens 2 --model MODEL":
     r"\| iac_shared.py \| 2 \| LoRA 16 \| .*\| Qwen3-4B \| LoRA, bfloat16 \| \d+ \|",
+    "precision.py --max-new-tokens 2 --model MODEL": r"\| float32 (\| 0\.\d+ ){6}.*\| bfloat16 (\| 0\.\d+ ){6}",
     "mutants.py 8": r" 8 killed: ",
 }  # fmt: skip
 
