@@ -120,7 +120,7 @@ def test_a_program_does_not_outlive_the_trainer(process):
     trainer.wait()
 
 
-def test_16_completions_of_5_asserts_take_3_seconds():
+def test_sixteen_completions_of_5_asserts_take_3_seconds():
     texts, prompts = [[AUX] * 16, [f("return aux(n) + 0")] * 16], [["p"] * 16] * 2
     start = time.monotonic()
     paid = TASK.reward_func(*texts, batch_items=[ITEM], prompts=prompts)

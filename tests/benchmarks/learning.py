@@ -73,7 +73,9 @@ SETTINGS = {
         0.8,
     ),
     "groups_of_4": Setting("--num-generations 4 --num-train-epochs 3", 0.8),
-    "three_agents": Setting("--num-agents 3 --entropy-coef 0.15", 0.8),
+    "three_agents": Setting(
+        "--num-agents 3 --entropy-coef 0.15 --max-grad-norm 0.3", 0.8
+    ),
     "two_turns": Setting(
         "--num-turns 2 --early-termination-threshold -0.01 --entropy-coef 0.1",
         0.8,
