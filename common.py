@@ -769,8 +769,7 @@ def rollout_metrics(
         with attempting(f"task {task.name!r}: metrics_callback"):
             own = task.metrics_callback(copy.deepcopy(samples))
             metrics = {str(name): float(x) for name, x in own.items()} | metrics
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return {f"{prefix}/{name}": float(value) for name, value in finite.items()}
+    return {f"{prefix}/{k}": float(x) for k, x in metrics.items() if math.isfinite(x)}
 
 
 def dialogue(sample: Sample) -> str:
@@ -786,9 +785,9 @@ PANELS = {  # of curves.png: title -> metrics
     "return of an episode": "(rollout|eval)/return",
     "losses": "losses/(policy|value)_loss",
     "explained variance of the returns": "critic/explained_variance/.*",
-    "completion length (tokens)": "rollout/completion_tokens/.*",
     "entropy (nats per token)": "losses/entropy/.*",
     "norm of the gradients": "losses/(actor|critic)_grad_norm",
+    "completion length (tokens)": "rollout/completion_tokens/.*",
 }
 
 
@@ -801,7 +800,7 @@ def draw_curves(folder: Path) -> None:
         return
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     keys = dict.fromkeys(key for line in lines for key in line)
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(16, 7), layout="constrained")
     for axes, (title, pattern) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for key in filter(re.compile(pattern).fullmatch, keys):
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -810,8 +809,9 @@ def draw_curves(folder: Path) -> None:
         if title.startswith("explained"):  # far below 0 where returns hardly vary
             axes.set_ylim(bottom=max(-1.0, axes.get_ylim()[0]))
         axes.set(title=title, xlabel="items")
+        values = {y for line in axes.lines for y in line.get_ydata()}
+        axes.set_visible(len(values) > 1 or len(lines) == 1)  # a flat line says nothing
     figure.savefig(folder / "curves.png", dpi=100)
-    print(f"curves: {folder / 'curves.png'}")
 
 
 class Logs:

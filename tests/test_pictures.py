@@ -46,14 +46,15 @@ def test_curves(run, monkeypatch):
         ["eval/return", "rollout/return"],
         ["losses/policy_loss", "losses/value_loss"],
         [f"critic/explained_variance/{name}" for name in critics],
-        [f"rollout/completion_tokens/{name}" for name in AGENTS],
         [f"losses/entropy/{name}" for name in AGENTS],
         norms[:1] if critics == AGENTS else norms,
+        [f"rollout/completion_tokens/{name}" for name in AGENTS],
     ]
     for axes, keys in zip(saved[0].axes, panels, strict=True):
         drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         assert drawn == {key: points[key] for key in keys}
-    for keys in panels[2:5]:
+        assert axes.get_visible() == (keys != panels[-1])  # all of one token
+    for keys in (panels[2], panels[3], panels[5]):
         mean = np.mean([points[key] for key in keys], axis=0)
         assert points[keys[0].rsplit("/", 1)[0]] == pytest.approx(mean, rel=1e-12)
 
