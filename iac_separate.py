@@ -199,12 +199,12 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
         tokens = draw_tokens(warp(actor, logits, args), uniform[live])
         sampled[live, place] = tokens
         going = ~torch.isin(sampled[live], end_ids).any(1)
-        if not going.any():
+        if (left := int(going.sum())) == 0:
             break
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         inputs |= {"input_ids": tokens[:, None], "attention_mask": mask}
         inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
-        rows = going.nonzero().squeeze(1) if 2 * going.sum() <= len(live) else None
+        rows = going.nonzero().squeeze(1) if 2 * left <= len(live) else None
         live = live if rows is None else live[rows]
     ends = torch.isin(sampled, end_ids).long()
     kept = ends.cumsum(1) - ends == 0  # through the first end
