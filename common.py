@@ -563,8 +563,9 @@ def probe(learner: Learner, writes: bool) -> None:
     if writes:  # all but the last token, and then that one
         require(model.base_model is not model, "it names no base_model")
         first = model(**{k: x[:, :11] for k, x in inputs.items()}, use_cache=True)
-        inputs |= {k: inputs[k][:, 11:] for k in ("input_ids", "position_ids")}
-        found.append(model(**inputs, cache=first.cache, use_cache=True)[0][1, -1])
+        first.cache.reorder_cache(ids.new_tensor([1]))  # the second row goes on alone
+        end = {k: x[1:, 11:] for k, x in inputs.items()} | {"attention_mask": mask[1:]}
+        found.append(model(**end, cache=first.cache, use_cache=True)[0][0, -1])
     # a head may give some tokens -inf, or the least number that there is
     alone, *found = (x.masked_fill(x < -1e4, 0.0) for x in (alone, *found))
     same = all((x - alone).norm() < 1e-3 * alone.norm() for x in found)
@@ -1003,8 +1004,7 @@ class Run:
     def log_update(self, losses: dict[str, float]) -> None:
         """Count the update's samples, write a line every logging_steps items, save if due."""
         samples, metrics = self.samples, self.metrics | losses
-        items = sum(sample.done for sample in samples) // self.args.num_generations
-        self.items += items
+        self.items += sum(s.done for s in samples) // self.args.num_generations
         self.updates += 1
         rate = len(samples) / (time.perf_counter() - self.mark)
         for name, value in {**metrics, "time/samples_per_second": rate}.items():
@@ -1017,7 +1017,7 @@ class Run:
         self.whole = True
         done = f"update {self.updates}, return {metrics['rollout/return']:.3f}"
         self.bar.set_postfix_str(f"{done}, {rate:.3g} samples/s", refresh=False)
-        self.bar.update(items)
+        self.bar.update(self.items - self.bar.n)
         self.pause(due=self.updates % (self.args.save_interval or math.inf) == 0)
 
     def log_evaluation(self, samples: list[Sample]) -> None:
