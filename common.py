@@ -454,10 +454,10 @@ def pick_device(args: Any, place: int) -> torch.device:
 
 
 def autocast(learner: Learner, args: Any) -> torch.autocast:
-    """The context of a model's forward pass, which computes in args.dtype; activations are
-    checkpointed where gradients are taken, which transformers does in train mode alone."""
-    if args.gradient_checkpointing:
-        learner.model.train(torch.is_grad_enabled())
+    """The context of a forward pass in args.dtype, with checkpoints where it has gradients."""
+    for part in learner.model.modules() if args.gradient_checkpointing else ():
+        if isinstance(part, transformers.modeling_layers.GradientCheckpointingLayer):
+            part.training = torch.is_grad_enabled()  # not the model: it would not cache
     half = args.dtype == "bfloat16"
     return torch.autocast(learner.model.device.type, torch.bfloat16, enabled=half)
 
@@ -500,8 +500,8 @@ def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
 
 def lower_precision(model: nn.Module, args: Any) -> None:
     """Put weights that adapters leave alone in args.dtype; scores are float32 always."""
-    if args.lora_rank is not None:
-        model.to(getattr(torch, args.dtype))
+    for weight in model.parameters() if args.lora_rank is not None else ():
+        weight.data = weight.data.to(getattr(torch, args.dtype))  # no buffer: positions
     head = model.get_output_embeddings()
     if args.dtype == "bfloat16" and head is not None:
         head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))

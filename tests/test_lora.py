@@ -138,3 +138,31 @@ def test_resumed_with_adapters(script, tmp_path, monkeypatch):
     assert all("lora" in k or "value_head" in k for x in state.values() for k in x)
     args = tiny_args(script, tmp_path, **more, resume=str(left))
     assert same(outcome(script.train(args, small_task(32))), outcome(whole))
+
+
+def test_checkpoints_change_no_text(script, tmp_path):
+    """Of GPT-2, which has no cache in train mode: it would read its last token alone."""
+    name = save_model(tmp_path / "gpt2", "gpt2", vocab_size=99)
+    drawn = []
+    for flag in (False, True):
+        args = script.Args(gradient_checkpointing=flag, max_new_tokens=6, device="cpu")
+        (actor,) = common.load_learners("agent", AutoModelForCausalLM, [name], 1, args)
+        texts = [40, 41, 42, 43], [50]
+        samples = [common.Sample({}, 0, 0, [""], prompt_ids=[ids]) for ids in texts]
+        script.act([actor], samples, torch.Generator().manual_seed(0), args)
+        drawn.append([one.completion_ids for one in samples])
+    assert drawn[0] == drawn[1]
+
+
+def test_a_base_in_bfloat16_keeps_its_frequencies(script, tmp_path):
+    """Rounded to 8 bits, positions some hundred tokens apart are off by a radian."""
+    args, buffers = script.Args(lora_rank=2, device="cpu"), []
+    for dtype in ("float32", "bfloat16"):
+        args.dtype = dtype
+        (actor,) = common.load_learners(
+            "agent", AutoModelForCausalLM, ["tiny"], 1, args
+        )
+        buffers.append(dict(actor.model.named_buffers()))
+    assert any("inv_freq" in name for name in buffers[0])
+    for name, values in buffers[0].items():
+        torch.testing.assert_close(buffers[1][name], values, rtol=0, atol=0)
