@@ -388,7 +388,7 @@ def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, floa
     common.sum_gradients(learner)
     limit = args.max_grad_norm or math.inf
     norm = nn.utils.clip_grad_norm_(learner.parameters(), limit)
-    failure = f"{learner.name}: the gradient is not finite; no step has it yet"
+    failure = f"{learner.name}: the gradient is not finite; no step took it"
     common.require(norm.isfinite(), f"{failure}, try a smaller learning rate")
     learner.optimizer.step()
     learner.optimizer.zero_grad()
