@@ -419,23 +419,77 @@ def pick_items(dataset: Sequence[dict], places: Sequence[int]) -> list[dict]:
 
 
 class Learner(nn.Module):
-    """An actor or a critic: a model and its value head (its state), its tokenizer, optimizer."""
+    """An actor or a critic: a model and its value head (its state), its tokenizer, optimizer.
+    Of a generation config only the end-of-sequence ids count."""
 
     def __init__(self, name: str, source: str, model: nn.Module, tokenizer: Any):
         super().__init__()
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.model, self.value_head, self.optimizer = model, None, None
         self.base: tuple = ()  # of adapters: the model whose frozen weights are shared
-        self.opening: list[int] = []  # the special tokens that begin a text
-        self.end_ids: list[int] = []  # the tokens that end a completion
-        self.unknown_ids = torch.zeros(0, dtype=torch.long)  # embedded, but no tokens
         self.told = False  # of the first turn that it could not read
+        inner = tokenizer("a", add_special_tokens=False).input_ids
+        whole = tokenizer(
+            "a"
+        ).input_ids  # what begins a text, a, maybe what would close it
+        starts = [k for k in range(len(whole)) if whole[k : k + len(inner)] == inner]
+        self.opening: list[int] = whole[: starts[0]] if starts else []
+        end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        self.end_ids: list[int] = sorted(ends - {None})  # that end a completion
+        rows = model.get_input_embeddings().num_embeddings
+        ids = set(tokenizer.get_vocab().values())
+        require(max(ids) < rows, f"it does not embed the tokenizer's id {max(ids)}")
+        unknown = sorted(set(range(rows)) - ids)  # that are embedded, but no tokens
+        self.unknown_ids = torch.tensor(unknown, dtype=torch.long, device=model.device)
+        config = model.config.get_text_config()
+        names = ("max_position_embeddings", "max_seq_len")
+        sizes = [getattr(config, name, None) or math.inf for name in names]
+        self.context: float = min(sizes)  # tokens that the model takes
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state_dict without what is frozen."""
         every = self.named_parameters(remove_duplicate=False)
         frozen = {name for name, parameter in every if not parameter.requires_grad}
         return {k: x for k, x in self.state_dict().items() if k not in frozen}
+
+    def encode(self, sample: Sample, prompt: Prompt, room: int = 0) -> list[int]:
+        """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens that
+        begin one, once; messages go through the chat template. What is empty, or leaves no `room` for
+        the tokens of an action, gives no ids at a later turn, and an InputError at the first."""
+        tokenizer = self.tokenizer
+        chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
+        with attempting(f"{self.name}'s tokenizer cannot read {shown(prompt)}"):
+            options = {"tokenize": False, "add_generation_prompt": True}
+            text = (
+                tokenizer.apply_chat_template(prompt, **options)
+                if chat
+                else render(prompt)
+            )
+            words = tokenizer(text, add_special_tokens=False).input_ids
+        begun = chat or words[: len(self.opening)] == self.opening
+        ids = words if begun else self.opening + words
+        if words and len(ids) + room <= self.context:
+            return ids
+        why = f"{self.name} is to read {len(ids)} tokens, with room for {room} more: "
+        why += f"its model takes {self.context}" if words else "its prompt is empty"
+        require(sample.turn > 0, f"item {shown(sample.item)}: {why}")
+        if not self.told:  # only of the first
+            place = f"before turn {sample.turn} of item {shown(sample.item)}"
+            print(f"\nan episode ends {place}: {why}", file=sys.stderr)
+        sample.history[-1].cut, self.told = why, True
+        return []
+
+    def encode_action(self, ids: list[int], text: str, ended: bool) -> list[int]:
+        """Token ids of a history, and behind it of an action; InputError if they are too many."""
+        end = self.tokenizer.eos_token if ended else None
+        text += end or ""
+        ids = ids + self.tokenizer(text, add_special_tokens=False).input_ids
+        why = (
+            f"{self.name} is to read {len(ids)} tokens: its model takes {self.context}"
+        )
+        require(len(ids) <= self.context, why)
+        return ids
 
 
 def pick_device(args: Any, place: int) -> torch.device:
@@ -522,24 +576,6 @@ def adapted(base: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def read_vocabulary(learner: Learner) -> None:
-    """Set which tokens begin a text, end a completion, or are none. Of a generation config only
-    the end-of-sequence ids count."""
-    model, tokenizer = learner.model, learner.tokenizer
-    inner = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids  # what begins a text, a, maybe what would close it
-    starts = [k for k in range(len(whole)) if whole[k : k + len(inner)] == inner]
-    learner.opening = whole[: starts[0]] if starts else []
-    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-    learner.end_ids = sorted(ends - {None})
-    rows = model.get_input_embeddings().num_embeddings
-    ids = set(tokenizer.get_vocab().values())
-    require(max(ids) < rows, f"it does not embed the tokenizer's id {max(ids)}")
-    unknown = sorted(set(range(rows)) - ids)
-    learner.unknown_ids = torch.tensor(unknown, dtype=torch.long, device=model.device)
-
-
 @torch.no_grad()
 def probe(learner: Learner, writes: bool) -> None:
     """Raise InputError for a model that does not read a text in a left-padded batch as it reads
@@ -600,7 +636,6 @@ def load_learners(
             model = model.to(device) if role == "agent" else model.to(device).base_model
             learner = Learner(f"{role}_{k}", source, model, tokenizer)
             learners.append(learner)
-            read_vocabulary(learner)
             if not shared:  # in float32, where rounding hides nothing
                 probe(learner, writes=role == "agent")
                 lower_precision(model, args)
@@ -609,42 +644,6 @@ def load_learners(
             if args.gradient_checkpointing:
                 learner.model.activation_checkpointing_enable()
     return learners
-
-
-def encode(
-    learner: Learner, samples: list[Sample], prompts: list[Prompt],
-    actions: list[str] | None = None, room: int = 0,
-) -> list[list[int]]:  # fmt: skip
-    """Token ids of each sample's prompt, and of its action behind it. Text is taken to the
-    letter, with the special tokens that begin one, once; messages go through the chat template.
-    What is empty, or leaves no `room` for new tokens, gives no ids; InputError at a first turn."""
-    tokenizer, texts, openings = learner.tokenizer, [], []
-    for prompt in prompts:
-        chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
-        with attempting(f"{learner.name}'s chat template cannot read {shown(prompt)}"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            template = tokenizer.apply_chat_template
-            texts.append(template(prompt, **options) if chat else render(prompt))
-        openings.append([] if chat else learner.opening)
-    with attempting(f"{learner.name}'s tokenizer cannot read one of {shown(texts)}"):
-        rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        more = actions and tokenizer(actions, add_special_tokens=False).input_ids
-    config = learner.model.config.get_text_config()
-    names = ("max_position_embeddings", "max_seq_len")
-    limit = min(getattr(config, name, None) or math.inf for name in names)
-    for k, sample in enumerate(samples):
-        begun = rows[k][: len(openings[k])] == openings[k]
-        ids = ([] if begun else openings[k]) + rows[k] + (more[k] if more else [])
-        if not rows[k] or len(ids) + room > limit:
-            why = f"{learner.name} is to read {len(ids)} tokens and to write {room}: "
-            why += f"its model takes {limit}" if rows[k] else "its prompt is empty"
-            require(sample.turn > 0, f"item {shown(sample.item)}: {why}")
-            if not learner.told:  # only of the first
-                place = f"before turn {sample.turn} of item {shown(sample.item)}"
-                print(f"\nan episode ends {place}: {why}", file=sys.stderr)
-            ids, sample.history[-1].cut, learner.told = [], why, True
-        rows[k] = ids
-    return rows
 
 
 def render(prompt: Prompt) -> str:
@@ -985,14 +984,11 @@ class Run:
             os.write(2, b"\nstopping after this update; once more stops at once\n")
 
     def due(self, last: int, interval: int) -> bool:
-        """Whether the run passed a multiple of `interval` items since `last`, or is over."""
+        """Whether the run passed a multiple of `interval` items since it had `last`: -1 at its
+        start; or is over."""
         step = interval or math.inf
         passed = last // step < self.items // step
         return last < self.items and (passed or self.items == self.total_items)
-
-    def evaluation_due(self) -> bool:
-        """Whether to evaluate now: at the start, every eval_interval items, at the end."""
-        return self.due(self.evaluated, self.args.eval_interval)
 
     def begin_update(self, samples: list[Sample]) -> None:
         """Measure the samples of all ranks. From here until the update is logged, nothing is

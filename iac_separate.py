@@ -41,6 +41,7 @@ Team = list[Learner]  # actors or critics
 Ids = list[list[int]]  # B texts as token ids
 Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
 Rng = torch.Generator
+Metrics = dict[str, float]
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
 
 
@@ -86,7 +87,7 @@ class Args(common.TaskArgs):
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
-    """Whiten the advantages over the buffer."""
+    """Whiten the advantages over the buffer; with critic_type q, the only baseline."""
     rollout_buffer_size: int = 64
     """Joint samples (a turn of an episode each) of an update, at least, over all ranks."""
     train_batch_size: int | None = None
@@ -237,16 +238,21 @@ def sequence_logprobs(
 # --------------------------------------------------------------------- rollouts
 
 
-def critic_texts(critics: Team, samples: list[Sample], args: Args) -> None:
-    """Set what each agent's critic reads, by its own tokenizer: h (v), or h and then a (q)."""
+def critic_texts(critics: Team, sample: Sample, args: Args) -> Ids:
+    """h as each agent's critic reads it. Q needs room for the longest action: whether a turn is
+    played must not hang on what agents write."""
+    room = args.max_new_tokens if args.critic_type == "q" else 0
+    pairs = zip(critics, sample.prompts, strict=True)
+    return [critic.encode(sample, prompt, room) for critic, prompt in pairs]
+
+
+def with_actions(critics: Team, sample: Sample) -> Ids:
+    """h and then a, as each agent's critic reads them for Q."""
+    texts = []
     for agent, critic in enumerate(critics):
-        end, actions = critic.tokenizer.eos_token or "", None
-        prompts = [sample.prompts[agent] for sample in samples]
-        if args.critic_type == "q":
-            actions = [s.completions[agent] + end * s.ended[agent] for s in samples]
-        rows = common.encode(critic, samples, prompts, actions)
-        for sample, ids in zip(samples, rows, strict=True):
-            sample.critic_ids.append(ids)
+        ids, text = sample.critic_ids[agent], sample.completions[agent]
+        texts.append(critic.encode_action(ids, text, sample.ended[agent]))
+    return texts
 
 
 def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None:
@@ -277,15 +283,14 @@ def play(
             prompts = [task.format(item, agent) for agent in range(args.num_agents)]
             live.append(Sample(item, len(live), 0, prompts))
     while live:
-        for agent, actor in enumerate(actors):
-            prompts = [sample.prompts[agent] for sample in live]
-            rows = common.encode(actor, live, prompts, room=args.max_new_tokens)
-            for sample, ids in zip(live, rows, strict=True):
-                sample.prompt_ids.append(ids)
-        live = [s for s in live if all(s.prompt_ids)]  # no ids: it cannot be read
+        for s in live:
+            for actor, prompt in zip(actors, s.prompts, strict=True):
+                s.prompt_ids.append(actor.encode(s, prompt, args.max_new_tokens))
+            s.critic_ids = critic_texts(critics, s, args)
+        live = [s for s in live if all(s.prompt_ids + s.critic_ids)]  # all can read it
         act(actors, live, generator, args)
-        critic_texts(critics, live, args)
-        live = [s for s in live if all(s.critic_ids)]
+        for s in live if args.critic_type == "q" else ():
+            s.critic_ids = with_actions(critics, s)
         for _, joint in groupby(live, lambda s: s.episode // args.num_generations):
             joint = list(joint)  # the generations of one item
             for sample, reward in zip(joint, task.pay(joint), strict=True):
@@ -382,7 +387,7 @@ def minibatches(
     return batches, [size / sum(counts) for size in sizes]
 
 
-def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, float]:
+def step(learner: Learner, sums: Metrics, args: Args) -> Metrics:
     """Sum the gradients over the ranks, clip, and take the optimizer's step. Returns the sums
     over the ranks, and the gradient's norm before clipping."""
     common.sum_gradients(learner)
@@ -398,9 +403,7 @@ def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, floa
     return {f"losses/{name}/{learner.name}": value for name, value in sums.items()}
 
 
-def update_critic(
-    critic: Learner, texts: Ids, targets: Tensor, args: Args
-) -> dict[str, float]:
+def update_critic(critic: Learner, texts: Ids, targets: Tensor, args: Args) -> Metrics:
     """One optimizer step of (5) on a minibatch of texts and their targets (B,)."""
     (count,) = common.total(len(texts))
     value_loss = 0.0
@@ -415,7 +418,7 @@ def update_critic(
 
 def update_actor(
     actor: Learner, samples: list[Sample], agent: int, weights: Tensor, args: Args
-) -> dict[str, float]:
+) -> Metrics:
     """One optimizer step of (4) on a minibatch of samples and their weights (B,)."""
     prompts = [sample.prompt_ids[agent] for sample in samples]
     completions = [sample.completion_ids[agent] for sample in samples]
@@ -435,9 +438,9 @@ def update_actor(
 
 def update(
     actors: Team, critics: Team, samples: list[Sample], generator: Rng, args: Args
-) -> dict[str, float]:
+) -> Metrics:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
-    metrics: dict[str, float] = defaultdict(float)
+    metrics: Metrics = defaultdict(float)
     batches, shares = minibatches(samples, generator, args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
         texts = [sample.critic_ids[agent] for sample in samples]
@@ -458,7 +461,7 @@ def update(
 # ------------------------------------------------------------------- evaluation
 
 
-def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
+def evaluate(actors: Team, critics: Team, task: Task, args: Args) -> list[Sample]:
     """An episode of each of this rank's evaluation items, with randomness of its own."""
     args = replace(args, num_generations=1)
     generator = common.seeded(args, "evaluation", common.rank())
@@ -466,7 +469,7 @@ def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
     samples: list[Sample] = []
     for part in common.slices(len(places), args.eval_batch_size):
         items = common.pick_items(task.eval_dataset, places[part])
-        samples += play(actors, [], task, items, generator, args)
+        samples += play(actors, critics, task, items, generator, args)
     return samples
 
 
@@ -491,8 +494,8 @@ def train(args: Args, task: Task | None = None) -> Path:
         critic.optimizer = adam(critic, args.critic_learning_rate, args)
 
     with common.Run(args, task, __file__, actors + critics) as run:
-        if run.evaluation_due():
-            run.log_evaluation(evaluate(actors, task, args))
+        if run.due(run.evaluated, args.eval_interval):
+            run.log_evaluation(evaluate(actors, critics, task, args))
         while run.items < run.total_items:
             epoch, played = divmod(run.items, len(task.train_dataset))
             shuffle = common.seeded(args, "epoch", epoch)  # the same on every rank
@@ -502,8 +505,8 @@ def train(args: Args, task: Task | None = None) -> Path:
             samples = collect(actors, critics, task, places, generator, args)
             run.begin_update(samples)  # their items are counted in log_update
             run.log_update(update(actors, critics, samples, generator, args))
-            if run.evaluation_due():
-                run.log_evaluation(evaluate(actors, task, args))
+            if run.due(run.evaluated, args.eval_interval):
+                run.log_evaluation(evaluate(actors, critics, task, args))
         run.save()
     return run.folder
 

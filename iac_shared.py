@@ -42,6 +42,7 @@ Team = list[Learner]  # actors or critics
 Ids = list[list[int]]  # B texts as token ids
 Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
 Rng = torch.Generator
+Metrics = dict[str, float]
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
 
 
@@ -85,7 +86,7 @@ class Args(common.TaskArgs):
     entropy_coef: float = 0.2
     """Weight of the policy's entropy in nats per token; 0 for a pretrained model."""
     advantage_normalization: bool = True
-    """Whiten the advantages over the buffer."""
+    """Whiten the advantages over the buffer; with critic_type q, the only baseline."""
     rollout_buffer_size: int = 64
     """Joint samples (a turn of an episode each) of an update, at least, over all ranks."""
     train_batch_size: int | None = None
@@ -240,12 +241,15 @@ def sequence_logprobs(
 # --------------------------------------------------------------------- rollouts
 
 
-def critic_texts(critics: Team, samples: list[Sample], args: Args) -> None:
-    """Set what each agent's value head judges, the agent's own tokens: h (v), or h, a (q)."""
-    for agent in range(len(critics)):
-        for sample in samples:
-            action = sample.completion_ids[agent] if args.critic_type == "q" else []
-            sample.critic_ids.append(sample.prompt_ids[agent] + action)
+def critic_texts(critics: Team, sample: Sample, args: Args) -> Ids:
+    """h as each agent's value head judges it: the agent's own tokens."""
+    return list(sample.prompt_ids)
+
+
+def with_actions(critics: Team, sample: Sample) -> Ids:
+    """h and then a, as each agent's value head judges them for Q."""
+    pairs = zip(sample.prompt_ids, sample.completion_ids, strict=True)
+    return [prompt + completion for prompt, completion in pairs]
 
 
 def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None:
@@ -276,15 +280,14 @@ def play(
             prompts = [task.format(item, agent) for agent in range(args.num_agents)]
             live.append(Sample(item, len(live), 0, prompts))
     while live:
-        for agent, actor in enumerate(actors):
-            prompts = [sample.prompts[agent] for sample in live]
-            rows = common.encode(actor, live, prompts, room=args.max_new_tokens)
-            for sample, ids in zip(live, rows, strict=True):
-                sample.prompt_ids.append(ids)
-        live = [s for s in live if all(s.prompt_ids)]  # no ids: it cannot be read
+        for s in live:
+            for actor, prompt in zip(actors, s.prompts, strict=True):
+                s.prompt_ids.append(actor.encode(s, prompt, args.max_new_tokens))
+            s.critic_ids = critic_texts(critics, s, args)
+        live = [s for s in live if all(s.prompt_ids + s.critic_ids)]  # all can read it
         act(actors, live, generator, args)
-        critic_texts(critics, live, args)
-        live = [s for s in live if all(s.critic_ids)]
+        for s in live if args.critic_type == "q" else ():
+            s.critic_ids = with_actions(critics, s)
         for _, joint in groupby(live, lambda s: s.episode // args.num_generations):
             joint = list(joint)  # the generations of one item
             for sample, reward in zip(joint, task.pay(joint), strict=True):
@@ -381,7 +384,7 @@ def minibatches(
     return batches, [size / sum(counts) for size in sizes]
 
 
-def step(learner: Learner, sums: dict[str, float], args: Args) -> dict[str, float]:
+def step(learner: Learner, sums: Metrics, args: Args) -> Metrics:
     """Sum the gradients over the ranks, clip, and take the optimizer's step. Returns the sums
     over the ranks, and the gradient's norm before clipping."""
     common.sum_gradients(learner)
@@ -407,7 +410,7 @@ def value_errors(values: Tensor, old: Tensor, targets: Tensor, args: Args) -> Te
 def update_actor(
     actor: Learner, samples: list[Sample], agent: int,
     weights: Tensor, old_values: Tensor, targets: Tensor, args: Args,
-) -> dict[str, float]:  # fmt: skip
+) -> Metrics:  # fmt: skip
     """One optimizer step of (4) + (5) on a minibatch of samples; weights, V_old, y: (B,)."""
     prompts = [sample.prompt_ids[agent] for sample in samples]
     completions = [sample.completion_ids[agent] for sample in samples]
@@ -431,9 +434,9 @@ def update_actor(
 
 def update(
     actors: Team, critics: Team, samples: list[Sample], generator: Rng, args: Args
-) -> dict[str, float]:
+) -> Metrics:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
-    metrics: dict[str, float] = defaultdict(float)
+    metrics: Metrics = defaultdict(float)
     batches, shares = minibatches(samples, generator, args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
         texts = [sample.critic_ids[agent] for sample in samples]
@@ -453,7 +456,7 @@ def update(
 # ------------------------------------------------------------------- evaluation
 
 
-def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
+def evaluate(actors: Team, critics: Team, task: Task, args: Args) -> list[Sample]:
     """An episode of each of this rank's evaluation items, with randomness of its own."""
     args = replace(args, num_generations=1)
     generator = common.seeded(args, "evaluation", common.rank())
@@ -461,7 +464,7 @@ def evaluate(actors: Team, task: Task, args: Args) -> list[Sample]:
     samples: list[Sample] = []
     for part in common.slices(len(places), args.eval_batch_size):
         items = common.pick_items(task.eval_dataset, places[part])
-        samples += play(actors, [], task, items, generator, args)
+        samples += play(actors, critics, task, items, generator, args)
     return samples
 
 
@@ -481,8 +484,8 @@ def train(args: Args, task: Task | None = None) -> Path:
         actor.optimizer = adam(actor, args.agent_learning_rate, args)
 
     with common.Run(args, task, __file__, actors) as run:
-        if run.evaluation_due():
-            run.log_evaluation(evaluate(actors, task, args))
+        if run.due(run.evaluated, args.eval_interval):
+            run.log_evaluation(evaluate(actors, critics, task, args))
         while run.items < run.total_items:
             epoch, played = divmod(run.items, len(task.train_dataset))
             shuffle = common.seeded(args, "epoch", epoch)  # the same on every rank
@@ -492,8 +495,8 @@ def train(args: Args, task: Task | None = None) -> Path:
             samples = collect(actors, critics, task, places, generator, args)
             run.begin_update(samples)  # their items are counted in log_update
             run.log_update(update(actors, critics, samples, generator, args))
-            if run.evaluation_due():
-                run.log_evaluation(evaluate(actors, task, args))
+            if run.due(run.evaluated, args.eval_interval):
+                run.log_evaluation(evaluate(actors, critics, task, args))
         run.save()
     return run.folder
 

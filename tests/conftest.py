@@ -16,12 +16,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    PreTrainedTokenizerFast,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +133,10 @@ def micro_learner(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    tokenizer = SimpleNamespace(pad_token_id=0)
+    words = {"<pad>": 0, "<eos>": 1} | {chr(95 + k): k for k in range(2, vocabulary)}
+    words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     learner = common.Learner(f"agent_{seed}", "micro", model, tokenizer)
     learner.end_ids = [1]
     if head or module.__name__ == "iac_shared":

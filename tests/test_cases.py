@@ -225,7 +225,7 @@ def test_special_tokens_around_texts(script, odd, kind, model, prompt, read, sho
         texts = [by_hand(read + text * (kind == "q")) for text in wrote]
         if script.__name__ == "maac":
             joint = [f"Agent {k}: {shown}\n" for k in (0, 1)]
-            joint += [f"Agent {k}: {wrote[k]}\n" for k in (0, 1) if kind == "q"]
+            joint += [f"\nAgent {k}: {wrote[k]}" for k in (0, 1) if kind == "q"]
             texts = [by_hand("<unk>" * (model != "ends") + "".join(joint))]
         elif script.__name__ == "iac_shared" and kind == "q":
             texts = [by_hand(read) + ids for ids in s.completion_ids]
@@ -247,9 +247,9 @@ def test_the_probe_of_a_head_that_never_writes_a_token(odd, least):
 
 UNREADABLE = {  # prompt, the actors' model, the critics' type and model where they cannot read
     "empty": ("", "plain"), "nothing": (" ", "strip"), "no_room": ("x" * 61, "plain"),
-    "maac_v": ("x" * 50, "plain", "v", "plain"), "maac_q": ("x" * 40, "plain", "q", "plain"),
+    "maac_v": ("x" * 50, "plain", "v", "plain"), "maac_q": ("x" * 15, "plain", "q", "plain"),
     "iac_separate_v": ("x" * 30, "plain", "v", "short"),
-    "iac_separate_q": ("x" * 24, "plain", "q", "short"),
+    "iac_separate_q": ("x" * 21, "plain", "q", "short"),
 }  # fmt: skip
 PAIRS = [(x, k) for k, v in UNREADABLE.items() for x in SCRIPTS if not v[2:] or x in k]
 
@@ -271,11 +271,34 @@ def test_a_turn_that_cannot_be_read(kind, script, odd, tmp_path, capsys):
     assert sorted(turns) == [(0, 0)] * 8 + [(0, 1)] * 8 + [(1, 0)] * 8
     metrics = lines(folder)[-1]
     assert metrics["rollout/unreadable"] == 0.5 and metrics["rollout/turns"] == 1.5
-    told = re.findall("an episode ends before turn 1 of .*", capsys.readouterr().err)
-    assert len(told) == 1 and "'prompt': 'say " in told[0] and f"{who} " in told[0]
+    told = r"an episode ends before turn 1 of .*'prompt': 'say .*: (\w+) is to read"
+    told = re.findall(told, capsys.readouterr().err)  # of each learner its first
+    assert who in told and len(set(told)) == len(told)
     task.train_dataset[3]["prompt"] = bad
     with pytest.raises(InputError, match=f"'k': 3.*{who}"):
         script.train(replace(args, num_turns=1), task)
+
+
+@pytest.mark.parametrize("kind", ["v", "q"])
+def test_a_turn_hangs_on_its_prompts_alone(kind, script, odd, tmp_path):
+    """Not on what is written: a critic of actions must have room for the longest, though here
+    every action is of one token. An evaluation plays the turns that training plays."""
+    args = tiny_args(script, tmp_path, max_new_tokens=6, critic_type=kind, num_turns=2)
+    actors, critics = team(script, args, ["tiny"] * 2, [str(odd / "plain")] * 2)
+    for actor in actors:
+        actor.end_ids = list(range(99))  # whatever is written ends it
+    task = say(4, external_transition=lambda **_: ["go", "x" * 12])
+    task = replace(task, eval_dataset=task.train_dataset)
+    parts = [critics, task, list(range(4)), torch.Generator(), args]
+    played = (
+        script.collect(actors, *parts),
+        script.evaluate(actors, critics, task, args),
+    )
+    ends = kind == "q" and script.__name__ == "maac"  # 56 tokens of 64, but up to 66
+    for samples in played:
+        assert {len(ids) for s in samples for ids in s.completion_ids} == {1}
+        assert [s.turn for s in samples] == ([0] * 4 if ends else [0, 1] * 4)
+        assert {bool(s.cut) for s in samples if s.turn == 0} == {ends}
 
 
 @pytest.mark.parametrize("folder", ["wandb", "tensorboard", "matplotlib"])

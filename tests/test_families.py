@@ -81,7 +81,6 @@ def build(auto_class, family):
     for weight in model.parameters():
         weight.data.mul_(3 if weight.dim() > 1 else 1)
     learner = common.Learner("agent_0", family, model, common.tiny_tokenizer())
-    common.read_vocabulary(learner)
     learner.value_head, learner.end_ids = iac_separate.value_head(learner, None), []
     nn.init.normal_(learner.value_head[0].weight)
     return learner

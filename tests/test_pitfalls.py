@@ -304,7 +304,7 @@ def test_15_each_model_reads_with_its_own_tokenizer(script, tmp_path, monkeypatc
     assert one.completions == ["bb", "aa"]
     if script is maac:
         read = critics[0].tokenizer.decode(one.critic_ids[0])
-        assert read == "Agent 0: ab\nAgent 1: ab\nAgent 0: bb\nAgent 1: aa\n"
+        assert read == "Agent 0: ab\nAgent 1: ab\n\nAgent 0: bb\nAgent 1: aa"
     elif script.__name__ == "iac_separate":  # "abbb" to the first, "abaa" to the other
         assert one.critic_ids == [[70, 69, 69, 69], [69, 70, 69, 69]]
     else:
@@ -449,16 +449,16 @@ def test_24_special_tokens_of_prompts(script, tmp_path, monkeypatch):
     args = tiny_args(script, tmp_path, critic_type="q", max_new_tokens=2)
     actors, critics = team(script, args, [tmp_path] * 2, [tmp_path] * 2)
     prompts = ["ab", "<unk>ab", "<unk>", [say("ab")], [say("<unk>")]]
-    samples = [common.Sample({}, k, 0, []) for k in range(5)]
-    rows = common.encode(actors[0], samples, prompts)
+    first = common.Sample({}, 0, 0, [])
+    rows = [actors[0].encode(first, prompt) for prompt in prompts]
     assert rows == [[2, 69, 70], [2, 69, 70], [2], [2, 69, 70], [2, 2]]
-    rows = common.encode(actors[0], samples, prompts, ["b"] * 5)
-    assert rows == [[2, 69, 70, 70]] * 2 + [[2, 70], [2, 69, 70, 70], [2, 2, 70]]
+    assert actors[0].encode_action([2, 69], "b", True) == [2, 69, 70, 1]
+    assert actors[0].encode_action([2, 69], "b", False) == [2, 69, 70]
     monkeypatch.setattr(script, "generate", lambda *_: [[70, 1]])
     task = common.Task([{"prompt": "<unk>a"}], lambda one, two: [0.0])
     (one,) = script.collect(actors, critics, task, [0], rng(), args)
     assert one.prompt_ids == [[2, 69]] * 2
-    joint = "Agent 0: <unk>a\nAgent 1: <unk>a\nAgent 0: b<eos>\nAgent 1: b<eos>\n"
+    joint = "Agent 0: <unk>a\nAgent 1: <unk>a\n\nAgent 0: b<eos>\nAgent 1: b<eos>"
     read = critics[0].tokenizer.decode(one.critic_ids[0])
     assert read == (f"<unk>{joint}" if script is maac else "<unk>ab<eos>")
 

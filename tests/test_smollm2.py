@@ -35,8 +35,8 @@ def chats(actor, *topics):
     """The token ids of requests for stories."""
     texts = [f"Write a story about {topic}." for topic in topics]
     prompts = [[{"role": "user", "content": text}] for text in texts]
-    samples = [common.Sample({}, 0, 0, [])] * len(topics)
-    return common.encode(actor, samples, prompts)
+    first = common.Sample({}, 0, 0, [])
+    return [actor.encode(first, prompt) for prompt in prompts]
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ import pytest
 import torch
 from tasks import hidden_cards, length_ratio
 from tokenizers import pre_tokenizers
-from transformers import PretrainedConfig
+from transformers import AutoModel
 
 import common
 from common import InputError, Sample, Task
 
 TWO = SimpleNamespace(num_agents=2, num_turns=1, train_file=None)
 ITEM = {"prompt": "x"}
+FIRST = Sample(ITEM, 0, 0, [])
 
 
 def test_sum_to_target_rewards_by_hand():
@@ -176,11 +177,12 @@ def test_task_files(tmp_path):
 @pytest.fixture
 def reader():
     """A learner that reads at most 8 tokens, a character each, and leaves out blanks."""
-    model, tokenizer = torch.nn.Module(), common.tiny_tokenizer()
+    options = {"max_position_embeddings": 8}
+    model = common.load_model("tiny", AutoModel, options)
+    tokenizer = common.tiny_tokenizer()
     isolated = tokenizer.backend_tokenizer.pre_tokenizer
     steps = [pre_tokenizers.Split(" ", "removed"), isolated]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    model.config = PretrainedConfig(max_position_embeddings=8)
     return common.Learner("agent_0", "tiny", model, tokenizer)
 
 
@@ -188,7 +190,7 @@ def test_messages_go_through_the_chat_template_where_there_is_one(reader):
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 
     def texts():
-        rows = common.encode(reader, [Sample(ITEM, 0, 0, [])] * 2, [chat, "plain"])
+        rows = [reader.encode(FIRST, prompt) for prompt in (chat, "plain")]
         return [reader.tokenizer.decode(ids) for ids in rows]
 
     assert texts() == ["a\nb", "plain"]
@@ -196,12 +198,12 @@ def test_messages_go_through_the_chat_template_where_there_is_one(reader):
     reader.tokenizer.chat_template = roles
     assert texts() == ["s:au:b>", "plain"]
     reader.tokenizer.chat_template = "{{ raise_exception('no system') }}"
-    with pytest.raises(InputError, match="chat template cannot read .*no system"):
+    with pytest.raises(InputError, match="cannot read .*no system"):
         texts()
 
 
 UNREADABLE = [
-    ("7777777", "to read 7 tokens and to write 2.*its model takes 8"),
+    ("7777777", "to read 7 tokens, with room for 2.*its model takes 8"),
     ("", "empty"),
     (" ", "empty"),  # no token
     ([{"role": "user", "content": None}], "empty"),
@@ -213,17 +215,19 @@ UNREADABLE = [
 @pytest.mark.parametrize("prompt, why", UNREADABLE)
 def test_a_prompt_that_cannot_be_read_is_refused(reader, prompt, why):
     with pytest.raises(InputError, match=why):
-        common.encode(reader, [Sample(ITEM, 0, 0, [])], [prompt], room=2)
+        reader.encode(FIRST, prompt, room=2)
 
 
 def test_a_later_prompt_that_cannot_be_read_ends_the_episode(reader, capsys):
     """It has no ids, the turn before says why, and the first is told."""
     past = [Sample({"n": k}, k, 0, []) for k in range(3)]
     now = [Sample(x.item, x.episode, 1, [], [x]) for x in past]
-    rows = common.encode(reader, now, ["7777777", "666666", ""], room=2)
+    prompts = zip(now, ["7777777", "666666", ""], strict=True)
+    rows = [reader.encode(sample, prompt, room=2) for sample, prompt in prompts]
     assert rows == [[], reader.tokenizer("666666").input_ids, []]
     assert past[0].cut.endswith("its model takes 8") and past[1].cut == ""
     assert "empty" in past[2].cut
     told = capsys.readouterr().err
     assert told.count("ends before turn 1 of item {'n': 0}") == told.count("ends") == 1
-    assert common.encode(reader, [], []) == []
+    with pytest.raises(InputError, match="agent_0 is to read 9 tokens: .* takes 8"):
+        reader.encode_action(rows[1], "333", False)
