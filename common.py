@@ -157,7 +157,7 @@ class TaskArgs(RunArgs):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     dtype: str = "float32"
-    """Compute type: float32, or bfloat16 by autocast; what is trained is float32 always."""
+    """float32, or bfloat16 by autocast (the head: float32, TF32 on a GPU); weights are float32."""
     external_prompt_passthrough: bool = False
     """Use the transition's prompts as they are, not through the formatters."""
 
@@ -204,6 +204,7 @@ def setup(args: Any, task: "Task | None") -> "Task":
             v = getattr(args, name, None)
             require(v is None or fits(v), f"{name} must be {limit}, got {v!r}")
     pick_device(args, 0)  # where that fails, it should do so before a task is loaded
+    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -366,8 +367,7 @@ def sum_to_target(args: Any) -> Task:
         return [f"{prompt}yours {number}, sum {total}\n" for number in written]
 
     items = [{"prompt": f"target {n}\n", "target": n} for n in range(10)]
-    game = Task(items * 100, reward, items * 10, external_transition=correct)
-    return replace(game, name="sum_to_target")
+    return Task(items * 100, reward, items * 10, external_transition=correct)
 
 
 def run_task_file(args: Any) -> Task:
@@ -382,15 +382,15 @@ def run_task_file(args: Any) -> Task:
         task = make(copy.deepcopy(args)) if make else names.get("task")
         kinds = "it must define `task`, a common.Task, or `make_task(args)` that returns one"
         require(isinstance(task, Task), f"{kinds}, got {type(task).__name__}")
-    return replace(task, name=path.stem)
+    return task
 
 
 def load_task(args: Any, task: Task | None) -> Task:
     """The given task, or the one that args.task names, with the items of args.train_file.
     Raises InputError if there is none, or if it does not fit num_agents and num_turns."""
     if task is None:
-        built_in = args.task == "sum_to_target"
-        task = sum_to_target(args) if built_in else run_task_file(args)
+        make = sum_to_target if args.task == "sum_to_target" else run_task_file
+        task = replace(make(args), name=Path(args.task).stem)
     if args.train_file is not None:
         with attempting(f"train_file {args.train_file!r}"):
             text = Path(args.train_file).read_text("utf-8-sig").strip()
