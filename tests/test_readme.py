@@ -208,11 +208,8 @@ def test_the_learning_benchmark(command, run, request):
     (out, _), folder = run(words), Path("runs/learning")
     assert ("| CoMLRL iac_shared | 1 |" in out) == ("--reference" in words)
     assert (folder / "learning.md").read_text().strip() in out
-    points = (folder / "learning.csv").read_text().splitlines()[1:]
-    for task in {point.split(",")[0] for point in points}:
-        assert f"| {task} | iac_shared | 1 |" in out
-        assert (folder / f"{task}.png").read_bytes()[:4] == b"\x89PNG"
-    assert points
+    tasks = {path.stem for path in folder.glob("*.png")}
+    assert tasks and all(f"| {task} | iac_shared | 1 |" in out for task in tasks)
 
 
 BENCHMARKS = {  # what is printed; so short a run has not learned, its checkpoints cost too much

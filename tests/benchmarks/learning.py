@@ -5,9 +5,9 @@
     python tests/benchmarks/learning.py --tasks tldr --model .cache/smollm2 --seeds 1
 
 The runs are kept in OUTPUT/runs.jsonl, a line each, and one that stands there is not repeated.
-From all lines come OUTPUT/learning.csv (every point of every curve), OUTPUT/learning.md (a table:
-mean and standard deviation over the seeds) and OUTPUT/<task>.png (curves, smoothed over five
-points: mean over the seeds, and the band of one standard deviation).
+From all lines come OUTPUT/learning.md (a table: mean and standard deviation over the seeds) and
+OUTPUT/<task>.png (curves, smoothed over five points: mean over the seeds, and the band of one
+standard deviation).
 
 Reward is the mean in the last tenth of training. Quarters of training are shown where every
 episode is in samples.jsonl, as with a real model. The samples to the threshold are the episodes
@@ -21,7 +21,6 @@ weights (0.01), its value heads do not start at zero, and a shared one learns at
 groups_of_4 is as_comlrl with our defaults for the two flags that CoMLRL does not have.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -345,18 +344,6 @@ def draw(task: str, results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def write_csv(results: list[dict], path: Path) -> None:
-    """Every point of every curve."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "algorithm", "seed", "metric", "samples", "value"])
-        for r in results:
-            for name, curve in r["curves"].items():
-                for samples, value in curve:
-                    key = [r["task"], r["algorithm"], r["seed"], name]
-                    writer.writerow([*key, samples, f"{value:.5g}"])
-
-
 def main(args: Args) -> None:
     """Run what has not been run; write the table, the CSV and the pictures of all."""
     args.output.mkdir(parents=True, exist_ok=True)
@@ -384,7 +371,6 @@ def main(args: Args) -> None:
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(run, [job for job in jobs if job not in done]))
     results = [done[job] for job in sorted(done)]
-    write_csv(results, args.output / "learning.csv")
     (args.output / "learning.md").write_text(table(results) + "\n")
     print(table(results))
     for task in dict.fromkeys(r["task"] for r in results):

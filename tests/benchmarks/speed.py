@@ -1,7 +1,6 @@
 """Measure the README's speed tables: one process at a time, each a whole run.
 
     python tests/benchmarks/speed.py                     # against the reference and the floor
-    python tests/benchmarks/speed.py --parts growth      # agents, buffer, tokens, micro-batches
     python tests/benchmarks/speed.py --parts default     # the default run on the tiny model
 
 `compare` runs, in turn, each script, the same job with the reference trainer (CoMLRL, which it
@@ -63,7 +62,7 @@ PROMPTS = [
 class Args:
     """What to measure."""
 
-    parts: tuple[Literal["compare", "growth", "default"], ...] = ("compare",)
+    parts: tuple[Literal["compare", "default"], ...] = ("compare",)
     """Tables to make."""
     scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
     """Scripts to measure."""
@@ -256,24 +255,6 @@ def spread(upper: list[dict], lower: list[dict]) -> str:
     return "{} ({} to {})".format(*found) if found else "-"
 
 
-def growth(args: Args, measured: Callable[[Job], dict]) -> str:
-    """Seconds per joint sample and peak memory over agents, buffer and tokens."""
-    sizes = [
-        *({"num_agents": count} for count in (1, 2, 4)),
-        *({"buffer": count} for count in (8, 32, 128)),
-        *({"max_new_tokens": count} for count in (32, 128)),
-        *({"buffer": count, "micro_batch_size": 1} for count in (8, 32, 128)),
-    ]
-    rows = []
-    base = {"micro_batch_size": args.micro_batch_size, "dtype": "bfloat16"}
-    for script, size in itertools.product(args.scripts, sizes):
-        result = measured(Job("ours", script, **base | size))
-        change = ", ".join(f"{key} {value}" for key, value in size.items())
-        seconds = f"{1 / result['samples_per_second']:.2f}"
-        rows.append([f"{script}.py", change, seconds, str(result["memory"])])
-    return table("script | change | seconds per joint sample | peak MB", rows)
-
-
 def default(args: Args, _: object) -> str:
     """Where the time of the default run goes."""
     rows = []
@@ -325,7 +306,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         against = "compare" in args.parts and not set(args.cases) <= OURS_ALONE
         python = install_reference(args.environment) if against else None
-        if set(args.parts) & {"compare", "growth"}:
+        if "compare" in args.parts:
             model = endless(args.model, Path(folder))
 
         def measured(job: Job) -> dict:
@@ -337,7 +318,7 @@ def main(args: Args) -> None:
                 file.write(json.dumps(result) + "\n")
             return result
 
-        makers = {"compare": compare, "growth": growth, "default": default}
+        makers = {"compare": compare, "default": default}
         tables = [makers[part](args, measured) for part in args.parts]
     print("", *tables, sep="\n\n")
 
