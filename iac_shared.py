@@ -132,14 +132,14 @@ def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) ->
     ids = torch.tensor(rows, device=learner.model.device)  # (B, L), -1 is padding
     mask = (ids >= 0).long()
     ids = ids.masked_fill(mask == 0, learner.tokenizer.pad_token_id)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}, width
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, width
 
 
 def distinct(texts: Ids) -> tuple[Ids, list[int]]:
-    """The distinct texts, and each text's place among them: a model reads each only once."""
-    places = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, texts)))}
-    return list(map(list, places)), [places[tuple(ids)] for ids in texts]
+    """The distinct texts, and each text's row among them: a model reads each only once."""
+    rows = {ids: k for k, ids in enumerate(dict.fromkeys(map(tuple, texts)))}
+    return list(map(list, rows)), [rows[tuple(ids)] for ids in texts]
 
 
 # ------------------------------------------------------------------- generation
@@ -189,7 +189,7 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     end_ids = torch.tensor(actor.end_ids, dtype=rows.dtype, device=rows.device)
     sampled = rows.new_full((len(rows), args.max_new_tokens), -1)  # (B, T)
     uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
-    for place, uniform in enumerate(uniforms.to(rows.device)):
+    for position, uniform in enumerate(uniforms.to(rows.device)):
         output = actor.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
         logits, cache = output.logits[:, -1], output.cache  # once past_key_values
         if rows is not None:  # at first a row for each sample of the distinct prompts
@@ -197,7 +197,7 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
             cache.reorder_cache(rows)
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         tokens = draw_tokens(warp(actor, logits, args), uniform[live])
-        sampled[live, place] = tokens
+        sampled[live, position] = tokens
         going = ~torch.isin(sampled[live], end_ids).any(1)
         if (left := int(going.sum())) == 0:
             break
@@ -222,8 +222,8 @@ def sequence_logprobs(
     inputs, width = pad_batch(actor, prompts, completions)
     tokens = inputs["input_ids"][:, width:]  # (B, T)
     padding = inputs["attention_mask"][:, width:] == 0  # (B, T)
-    places = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
-    options = {"use_cache": False, "logits_to_keep": places}  # those before a token
+    before = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
+    options = {"use_cache": False, "logits_to_keep": before}  # those before a token
     with common.autocast(actor, args):
         output = actor.model(**inputs, **options, output_hidden_states=True)
     logprobs = warp(actor, output.logits, args, tokens).log_softmax(-1)  # (B, T, V)

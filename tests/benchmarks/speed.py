@@ -8,8 +8,9 @@ installs into an environment of its own) and the floor (floor.py): one update of
 the first of its process, every completion of full length, loading left out. A line per process is
 printed and added to --output; the table is of all lines there: medians over the rounds, and the
 range of the ratios. --rounds 0 prints the table alone. bfloat16 (autocast) and LoRA, which has no
-floor, are set against the reference in float32 with all weights. Everything runs on the CPU. `default` takes the time of a script's functions
-from outside, in a process per script, without evaluations.
+floor, are set against the reference in float32 with all weights. Everything runs on the CPU.
+`default` takes the time of a script's functions from outside, in a process per script, without
+evaluations.
 """
 
 import importlib
