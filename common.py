@@ -112,7 +112,7 @@ class RunArgs:
     device: tuple[str, ...] = ("auto",)
     """cpu, cuda, ..., or several, which the learners take in turn; auto = cuda where it is."""
     save_interval: int = 50
-    """Updates between checkpoints, and one at the end; 0 = only when the run is stopped."""
+    """Updates between checkpoints, and one at the end; 0 = only when a run is stopped or fails."""
 
     # evaluation and logging
 
@@ -157,7 +157,7 @@ class TaskArgs(RunArgs):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
     dtype: str = "float32"
-    """float32, or bfloat16 by autocast (the head: float32, TF32 on a GPU); weights are float32."""
+    """Compute type: float32, or bfloat16 by autocast; what is trained is float32 always."""
     external_prompt_passthrough: bool = False
     """Use the transition's prompts as they are, not through the formatters."""
 
@@ -204,7 +204,6 @@ def setup(args: Any, task: "Task | None") -> "Task":
             v = getattr(args, name, None)
             require(v is None or fits(v), f"{name} must be {limit}, got {v!r}")
     pick_device(args, 0)  # where that fails, it should do so before a task is loaded
-    torch.set_float32_matmul_precision("highest" if args.dtype == "float32" else "high")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -429,9 +428,7 @@ class Learner(nn.Module):
         self.base: tuple = ()  # of adapters: the model whose frozen weights are shared
         self.told = False  # of the first turn that it could not read
         inner = tokenizer("a", add_special_tokens=False).input_ids
-        whole = tokenizer(
-            "a"
-        ).input_ids  # what begins a text, a, maybe what would close it
+        whole = tokenizer("a").input_ids  # what begins a text, a, what would close it
         starts = [k for k in range(len(whole)) if whole[k : k + len(inner)] == inner]
         self.opening: list[int] = whole[: starts[0]] if starts else []
         end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -454,18 +451,15 @@ class Learner(nn.Module):
         return {k: x for k, x in self.state_dict().items() if k not in frozen}
 
     def encode(self, sample: Sample, prompt: Prompt, room: int = 0) -> list[int]:
-        """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens that
-        begin one, once; messages go through the chat template. What is empty, or leaves no `room` for
-        the tokens of an action, gives no ids at a later turn, and an InputError at the first."""
+        """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens
+        that begin one, once; messages go through the chat template. What is empty, or leaves no
+        `room` for an action's tokens, gives no ids at a later turn, at the first an InputError."""
         tokenizer = self.tokenizer
         chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
         with attempting(f"{self.name}'s tokenizer cannot read {shown(prompt)}"):
             options = {"tokenize": False, "add_generation_prompt": True}
-            text = (
-                tokenizer.apply_chat_template(prompt, **options)
-                if chat
-                else render(prompt)
-            )
+            template = tokenizer.apply_chat_template
+            text = template(prompt, **options) if chat else render(prompt)
             words = tokenizer(text, add_special_tokens=False).input_ids
         begun = chat or words[: len(self.opening)] == self.opening
         ids = words if begun else self.opening + words
@@ -481,15 +475,12 @@ class Learner(nn.Module):
         return []
 
     def encode_action(self, ids: list[int], text: str, ended: bool) -> list[int]:
-        """Token ids of a history, and behind it of an action; InputError if they are too many."""
+        """Token ids of a history, and behind it of an action; of one that takes more tokens here
+        than where it was sampled, as many as the model takes."""
         end = self.tokenizer.eos_token if ended else None
         text += end or ""
         ids = ids + self.tokenizer(text, add_special_tokens=False).input_ids
-        why = (
-            f"{self.name} is to read {len(ids)} tokens: its model takes {self.context}"
-        )
-        require(len(ids) <= self.context, why)
-        return ids
+        return ids[: min(len(ids), self.context)]
 
 
 def pick_device(args: Any, place: int) -> torch.device:
@@ -553,9 +544,10 @@ def load_model(source: str, auto_class: Any, options: dict) -> nn.Module:
 
 
 def lower_precision(model: nn.Module, args: Any) -> None:
-    """Put weights that adapters leave alone in args.dtype; scores are float32 always."""
+    """Put matrices that adapters leave alone in args.dtype; scores are float32 always."""
     for weight in model.parameters() if args.lora_rank is not None else ():
-        weight.data = weight.data.to(getattr(torch, args.dtype))  # no buffer: positions
+        if weight.dim() > 1:  # no norm, which autocast does not cast, and no buffer
+            weight.data = weight.data.to(getattr(torch, args.dtype))
     head = model.get_output_embeddings()
     if args.dtype == "bfloat16" and head is not None:
         head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
@@ -564,12 +556,17 @@ def lower_precision(model: nn.Module, args: Any) -> None:
 
 def adapted(base: nn.Module, rank: int) -> nn.Module:
     """A model over the very weights of `base`, which are frozen, with low-rank adapters of its
-    own, in float32, on all linear layers: W + BA (LoRA, arXiv 2106.09685), B = 0 at first."""
+    own, in float32, on all linear layers but the head: W + 2BA (LoRA, arXiv 2106.09685), B = 0
+    at first. Raises InputError where peft would adapt what is no layer, as some experts."""
     with attempting("lora_rank needs peft: pip install peft"):
         from peft import LoraConfig, inject_adapter_in_model
     model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     model = inject_adapter_in_model(config, model)
+    experts = any(hasattr(layer, "parameter_name") for layer in model.modules())
+    require(
+        not experts, "lora_rank has no adapters for its experts, which are no layers"
+    )
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -658,7 +655,7 @@ def render(prompt: Prompt) -> str:
 
 
 def save_agent(agent: Learner, folder: Path) -> None:
-    """Write an agent as a folder that from_pretrained takes: W + BA, where it has adapters, and
+    """Write an agent as a folder that from_pretrained takes: W + 2BA, where it has adapters, and
     these as peft has them, in adapter/."""
     with attempting(f"{str(folder)!r} cannot be written"):
         model = agent.model
@@ -945,6 +942,8 @@ class Run:
             aside.write_text(json.dumps(self.flags, indent=2) + "\n")
             aside.replace(self.folder / "args.json")
         self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
+        if self.args.dtype == "bfloat16":  # its float32 products may take a GPU's TF32
+            torch.set_float32_matmul_precision("high")
         often = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
         options = {"mininterval": often, "maxinterval": often, "unit": "item"}
         options |= {"total": self.total_items, "initial": self.items}
@@ -974,6 +973,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.logs.close(failed=error is not None)
+        torch.set_float32_matmul_precision("highest")
 
     def ask_to_stop(self, number: int, frame: object) -> None:
         """Handle a signal: stop once the update is done. If it comes a second time, stop at

@@ -259,7 +259,7 @@ def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None
     """Each agent writes its completion for each sample, unseen by the others."""
     for agent, actor in enumerate(actors if samples else ()):
         prompts = [sample.prompt_ids[agent] for sample in samples]
-        with common.autocast(actor, args):  # one region: the weights are cast once
+        with torch.no_grad(), common.autocast(actor, args):  # the weights are cast once
             completions = generate(actor, prompts, generator, args)
         for sample, ids in zip(samples, completions, strict=True):
             ended = ids[-1] in actor.end_ids

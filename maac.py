@@ -239,7 +239,7 @@ def sequence_logprobs(
 
 
 def critic_texts(critics: Team, sample: Sample, args: Args) -> Ids:
-    """H as the critic reads it. Q needs room for the longest actions, labels at a token a
+    """H as the critic reads it. Q needs room for the longest actions, with labels of a token a
     character: whether a turn is played must not hang on what agents write."""
     texts = [f"Agent {k}: {common.render(p)}\n" for k, p in enumerate(sample.prompts)]
     action = len(f"\nAgent {args.num_agents}: ") + args.max_new_tokens
@@ -259,7 +259,7 @@ def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None
     """Each agent writes its completion for each sample, unseen by the others."""
     for agent, actor in enumerate(actors if samples else ()):
         prompts = [sample.prompt_ids[agent] for sample in samples]
-        with common.autocast(actor, args):  # one region: the weights are cast once
+        with torch.no_grad(), common.autocast(actor, args):  # the weights are cast once
             completions = generate(actor, prompts, generator, args)
         for sample, ids in zip(samples, completions, strict=True):
             ended = ids[-1] in actor.end_ids
