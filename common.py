@@ -99,12 +99,12 @@ def main(args_class: type, train: Callable) -> None:
 
 @dataclass
 class RunArgs:
-    """Flags that prolong, place or log a run: they may differ when it is resumed."""
+    """Flags that prolong or log a run, and its devices: they may differ when it is resumed."""
 
     # the run
 
     output_dir: str = "runs"
-    """Where the run folder is made."""
+    """Where the run folder is made; one that is resumed stays where it is."""
     resume: str | None = None
     """Run folder to go on in; on the command line, flags not given are that run's."""
     num_train_epochs: int = 20
@@ -119,7 +119,7 @@ class RunArgs:
     eval_interval: int = 5000
     """Items (training batches) between evaluations; 0 = before and after training."""
     eval_num_samples: int = 100
-    """Items of an evaluation."""
+    """Items of an evaluation; 0 = no evaluations."""
     eval_batch_size: int = 100
     """Items generated at once in an evaluation."""
     logging_steps: int = 100
@@ -165,10 +165,10 @@ class TaskArgs(RunArgs):
 LIMITS = (  # flags, what they must be, whether a value is that
     ("""num_agents num_turns num_generations max_new_tokens top_k lora_rank rollout_buffer_size
         train_batch_size micro_batch_size value_head_hidden_dim critic_value_head_hidden_dim
-        value_clip_range eval_num_samples eval_batch_size logging_steps agent_learning_rate
+        value_clip_range eval_batch_size logging_steps agent_learning_rate
         critic_learning_rate temperature""", "above 0", lambda v: 0 < v < math.inf),
     ("""num_train_epochs value_loss_coef entropy_coef max_grad_norm eval_interval save_interval
-        log_samples""", "at least 0", lambda v: 0 <= v < math.inf),
+        log_samples eval_num_samples""", "at least 0", lambda v: 0 <= v < math.inf),
     ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
     ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
@@ -186,6 +186,8 @@ def parse_args(args_class: type, arguments: Sequence[str] | None = None) -> Any:
         return args
     with attempting(f"{args.resume!r} is no run of this script"):
         saved = json.loads((Path(args.resume) / "args.json").read_text())
+        own = Path(inspect.getfile(args_class)).name
+        require(saved["script"] == own, f"it is one of {saved['script']}")
         flags = {field.name: saved[field.name] for field in fields(args_class)}
         flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
     return tyro.cli(args_class, args=arguments, default=args_class(**flags))
@@ -286,7 +288,7 @@ class Task:
         for name in ("completions", "prompts", "completion_ids"):
             options[name] = per_agent([getattr(sample, name) for sample in samples])
         texts = options.pop("completions")
-        with self.calling("reward_func", item):
+        with self.calling(f"{len(texts)} agents' reward_func", item):
             parameters = inspect.signature(self.reward_func).parameters.values()
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 taken = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
@@ -564,9 +566,7 @@ def adapted(base: nn.Module, rank: int) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     model = inject_adapter_in_model(config, model)
     experts = any(hasattr(layer, "parameter_name") for layer in model.modules())
-    require(
-        not experts, "lora_rank has no adapters for its experts, which are no layers"
-    )
+    require(not experts, "lora_rank cannot adapt its experts, which are no layers")
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -771,7 +771,7 @@ def rollout_metrics(
 
 def dialogue(sample: Sample) -> str:
     """A joint sample to read."""
-    lines = []
+    lines = [] if sample.done and sample.turn == 0 else [f"turn {sample.turn}"]
     for agent, prompt in enumerate(sample.prompts):
         lines += [f"agent {agent} reads:", render(prompt).rstrip()]
         lines += [f"agent {agent} writes:", sample.completions[agent]]

@@ -77,7 +77,8 @@ def small_task(items: int = 16, **changes: Any) -> common.Task:
     """The default game with few items."""
     task = common.sum_to_target(SimpleNamespace(num_turns=1))
     few = task.train_dataset[:items]
-    return replace(task, train_dataset=few, eval_dataset=few[:4], **changes)
+    changes = {"name": "sum_to_target", "train_dataset": few, **changes}
+    return replace(task, **{"eval_dataset": few[:4], **changes})
 
 
 def micro_config(family: str, vocabulary: int) -> Any:

@@ -56,7 +56,7 @@ CASES = {  # flags, a task file's text (--task names it), what the sentence says
     "no item": ("", "task = Task(['x'], print)", "item 'x': prompt of agent 0: an item must be a dict"),
     "empty": ("", "task = Task([{'prompt': ''}], print)", "item {'prompt': ''}: agent_0 is to read "),
     "long": ("", "task = Task([{'prompt': 'x' * 1024}], print)", "is to read 1024 tokens, with room for 1 more: its model takes 1024"),
-    "no reward": ("", "task = " + ITEM + ", None)", "item {'prompt': 'x'}: reward_func: TypeError: None is not a callable"),
+    "no reward": ("", "task = " + ITEM + ", None)", "item {'prompt': 'x'}: 2 agents' reward_func: TypeError: None is not a callable"),
     "reward": ("", "task = " + ITEM + ", lambda *t: [])", "reward_func: expected a list of 1 finite numbers, got []"),
     "processor": ("", "task = " + ITEM + ", lambda *t: [1], None, str)", "reward_processor: expected a list of 1 finite"),
     "callback": ("", "task = " + ITEM + ", lambda *t: [1], metrics_callback=len)", "metrics_callback: AttributeError"),

@@ -196,5 +196,5 @@ def test_experts_that_are_no_layers_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     common.tiny_tokenizer().save_pretrained(tmp_path)
     args = maac.Args(lora_rank=2, device="cpu")
-    with pytest.raises(InputError, match="lora_rank has no adapters for its experts"):
+    with pytest.raises(InputError, match="lora_rank cannot adapt its experts"):
         common.load_learners("agent", AutoModelForCausalLM, [str(tmp_path)], 1, args)

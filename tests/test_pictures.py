@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_dialogues_without_other_packages(tmp_path, monkeypatch, capsys):
     assert (
         common.dialogue(one) == f"{first}\nSay y.\nagent 1 writes:\ny\nz\nreward 0.500"
     )
+    assert common.dialogue(replace(one, turn=1)).startswith(f"turn 1\n{first}\n")
     for name in ("matplotlib.figure", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     folder = maac.train(tiny_args(maac, tmp_path), small_task())

@@ -187,6 +187,8 @@ def test_another_task_or_script_is_not_resumed(script, whole, tmp_path):
     other = iac_separate if script is maac else maac
     with pytest.raises(common.InputError, match=f"script was '{script.__name__}.py'"):
         other.train(flags(other, tmp_path, resume=str(left)), game())
+    with pytest.raises(common.InputError, match=f"it is one of {script.__name__}.py"):
+        common.parse_args(other.Args, ["--resume", str(left)])
     for text in ("", '{"colour": 1}', "[]"):
         (left / "args.json").write_text(text)
         with pytest.raises(common.InputError, match="cannot be resumed"):

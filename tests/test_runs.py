@@ -124,6 +124,12 @@ def test_no_epochs_only_evaluate(script, tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_no_items_no_evaluation(script, tmp_path):
+    args = tiny_args(script, tmp_path, eval_num_samples=0)
+    folder = script.train(args, small_task(16))
+    assert not any("eval/reward" in line for line in lines(folder))
+
+
 def test_the_same_seed_gives_the_same_run(script, tmp_path):
     runs = []
     for seed in (1, 1, 2):
