@@ -942,12 +942,12 @@ class Run:
             aside.write_text(json.dumps(self.flags, indent=2) + "\n")
             aside.replace(self.folder / "args.json")
         self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
+        self.precision = torch.get_float32_matmul_precision()
         if self.args.dtype == "bfloat16":  # its float32 products may take a GPU's TF32
             torch.set_float32_matmul_precision("high")
-        often = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
-        options = {"mininterval": often, "maxinterval": often, "unit": "item"}
-        options |= {"total": self.total_items, "initial": self.items}
-        self.bar = tqdm(**options, disable=rank() > 0)
+        gap = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
+        options = {"total": self.total_items, "initial": self.items, "unit": "item"}
+        self.bar = tqdm(**options, mininterval=gap, maxinterval=gap, disable=rank() > 0)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -973,7 +973,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.logs.close(failed=error is not None)
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(self.precision)
 
     def ask_to_stop(self, number: int, frame: object) -> None:
         """Handle a signal: stop once the update is done. If it comes a second time, stop at

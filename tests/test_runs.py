@@ -124,6 +124,18 @@ def test_no_epochs_only_evaluate(script, tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "dtype, during", [("bfloat16", "high"), ("float32", "highest")]
+)
+def test_the_precision_of_float32_products(dtype, during, script, tmp_path):
+    """TF32 is for runs in bfloat16 alone, and the caller's setting comes back."""
+    seen = []
+    note = lambda samples: seen.append(torch.get_float32_matmul_precision()) or {}
+    task = small_task(8, metrics_callback=note)
+    script.train(tiny_args(script, tmp_path, dtype=dtype), task)
+    assert set(seen) == {during} and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_no_items_no_evaluation(script, tmp_path):
     args = tiny_args(script, tmp_path, eval_num_samples=0)
     folder = script.train(args, small_task(16))
