@@ -89,7 +89,7 @@ class Args(common.TaskArgs):
     advantage_normalization: bool = True
     """Whiten the advantages over the buffer; with critic_type q, the only baseline."""
     rollout_buffer_size: int = 64
-    """Joint samples (a turn of an episode each) of an update, at least, over all ranks."""
+    """Joint samples of an update, at least, of all ranks; what an epoch has left is used too."""
     train_batch_size: int | None = None
     """Samples of a minibatch at most, one optimizer step each; None = the buffer."""
     micro_batch_size: int | None = None
