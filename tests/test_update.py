@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import (
     sample,
     update_actor,
 )
+from transformers import AutoModelForCausalLM, masking_utils
 
 import common
 import iac_shared
@@ -167,3 +169,30 @@ def test_warp_cuts_by_hand(script, flags, expected):
     warped = script.warp(actor, given, script.Args(**flags)).softmax(-1)
     torch.testing.assert_close(warped, torch.tensor(expected).float())
     assert torch.equal(given, logits)  # a caller's tensor is its own
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"top_k": 5, "top_p": 0.9}, {"critic_type": "q"}], ids=str
+)
+def test_tensors_meet_on_one_device(script, flags, monkeypatch):
+    """As on a GPU: the model lies on torch's device `meta`, which has shapes and no numbers, and
+    on which a tensor that was left on the CPU raises. What asks for a number is taken out."""
+    monkeypatch.setattr(common, "autocast", lambda *_: nullcontext())
+    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: False)
+    monkeypatch.setattr(torch.Tensor, "item", lambda number: 0.0)
+    monkeypatch.setattr(script, "step", lambda learner, sums, args: sums)
+    monkeypatch.setattr(script, "int", lambda number: 3, raising=False)
+    model = common.load_model("tiny", AutoModelForCausalLM, {}).to("meta")
+    learner = common.Learner("agent_0", "tiny", model, common.tiny_tokenizer())
+    learner.value_head = script.value_head(learner, 8)
+    samples = [sample([[5, 6]], [[8, 9, 1]]), sample([[7]], [[10]])]
+    args = script.Args(max_new_tokens=3, micro_batch_size=1, **flags)
+    columns = [torch.ones(2)] * (3 if script.__name__ == "iac_shared" else 1)
+    script.update_actor(learner, samples, 0, *columns, args)
+    if script.__name__ != "iac_shared":
+        script.update_critic(learner, [[5, 6], [7]], torch.ones(2), args)
+    assert {weight.grad.device.type for weight in learner.parameters()} == {"meta"}
+    values = script.critic_values(learner, [[5, 6], [7], [5, 6]], args)
+    assert values.device.type == "meta" and values.shape == (3,)
+    with pytest.raises(NotImplementedError, match="nonzero"):  # at last, for the texts
+        script.generate(learner, [[5, 6], [7], [5, 6]], torch.Generator(), args)
