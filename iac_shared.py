@@ -26,13 +26,13 @@ off-policy), GAE, a KL penalty, target networks. Source: CoMLRL, arXiv 2601.2197
 
 import math
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
 from transformers import AutoModelForCausalLM
 
 import common
@@ -108,16 +108,6 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     nn.init.zeros_(out.weight)
     nn.init.zeros_(out.bias)
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
-
-
-def adam(learner: Learner, learning_rate: float, args: Args) -> torch.optim.Adam:
-    """The optimizer of a model, and of its value head, which learns at the critic's rate."""
-    trained = [p for p in learner.model.parameters() if p.requires_grad]
-    groups = [{"params": trained, "lr": learning_rate}]
-    if learner.value_head is not None:
-        head = list(learner.value_head.parameters())
-        groups += [{"params": head, "lr": args.critic_learning_rate}]
-    return torch.optim.Adam(groups, fused=True)
 
 
 def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
@@ -436,7 +426,7 @@ def update(
     actors: Team, critics: Team, samples: list[Sample], generator: Rng, args: Args
 ) -> Metrics:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
-    metrics: Metrics = defaultdict(float)
+    metrics: Metrics = {}
     batches, shares = minibatches(samples, generator, args)
     for agent, (actor, critic) in enumerate(zip(actors, critics, strict=True)):
         texts = [sample.critic_ids[agent] for sample in samples]
@@ -449,7 +439,7 @@ def update(
             columns = weights[batch], values[batch], targets[batch]
             losses = update_actor(actor, chosen, agent, *columns, args)
             for name, value in losses.items():
-                metrics[name] += value * share
+                metrics[name] = metrics.get(name, 0.0) + value * share
     return metrics
 
 
@@ -475,13 +465,15 @@ def train(args: Args, task: Task | None = None) -> Path:
     """Train a team on `task`, or on the one that args names; returns the run folder.
     Raises InputError where the arguments or the task cannot be used."""
     task = common.setup(args, task)
-    names = args.agents or (args.agent_model,) * args.num_agents
-    causal, count = AutoModelForCausalLM, args.num_agents
-    actors = common.load_learners("agent", causal, names, count, args)
+    count = args.num_agents
+    names = args.agents or (args.agent_model,) * count
+    actors = common.load_learners("agent", AutoModelForCausalLM, names, count, args)
     critics = actors  # each agent's critic is its own model with a value head
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
-        actor.optimizer = adam(actor, args.agent_learning_rate, args)
+        backbone = {"params": actor.model.parameters(), "lr": args.agent_learning_rate}
+        head = {"params": actor.value_head.parameters()}  # at the critic's rate
+        actor.optimizer = Adam([backbone, head], args.critic_learning_rate, fused=True)
 
     with common.Run(args, task, __file__, actors) as run:
         if run.due(run.evaluated, args.eval_interval):
@@ -491,8 +483,7 @@ def train(args: Args, task: Task | None = None) -> Path:
             shuffle = common.seeded(args, "epoch", epoch)  # the same on every rank
             order = torch.randperm(len(task.train_dataset), generator=shuffle).tolist()
             generator = common.seeded(args, "update", run.updates, common.rank())
-            places = order[played : played + args.rollout_buffer_size]  # enough of them
-            samples = collect(actors, critics, task, places, generator, args)
+            samples = collect(actors, critics, task, order[played:], generator, args)
             run.begin_update(samples)  # their items are counted in log_update
             run.log_update(update(actors, critics, samples, generator, args))
             if run.due(run.evaluated, args.eval_interval):

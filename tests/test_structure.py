@@ -13,13 +13,13 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What they hold today: bounds to be lowered, never raised. The aims: 480, 790.
-SCRIPT_LINES, COMMON_LINES = 515, 1074
+SCRIPT_LINES, COMMON_LINES = 505, 1074
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 IMPORTED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
 WHERE_USED = {"wandb", "tensorboard", "matplotlib", "datasets", "peft", "safetensors"}
-SHARED = """pad_batch distinct value_head adam warp draw_tokens generate act play collect
+SHARED = """pad_batch distinct value_head warp draw_tokens generate act play collect
 critic_values estimate_values td_targets advantages minibatches step evaluate"""
 BOTH_WITH_CRITIC_MODELS = "sequence_logprobs update_critic update_actor"
 

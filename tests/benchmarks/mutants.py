@@ -54,7 +54,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (17, "lengths unchecked", " and len(rows) == count", "", "test_17"),
     (17, "types unchecked", "isinstance(v, int | float) and ", "", "test_17"),
     (17, "values unchecked", " and math.isfinite(v)", "", "test_17"),
-    (18, "the last minibatch's metrics", "metrics[name] += value * share", "metrics[name] = value", "test_18"),
+    (18, "the last minibatch's metrics", "metrics.get(name, 0.0) + value * share", "value", "test_18"),
     (19, "float32 whitening", "centred = weights.double() - everyones.mean()", "centred = weights - weights.sum() / len(weights)", "test_19"),
     (19, "whitening of one sample", "args.advantage_normalization and len(everyones) == 1", "False", "test_19"),
     (20, "no optimizer", 'learner.optimizer.load_state_dict(state["optimizers"][learner.name])', "pass", "test_20"),
