@@ -39,7 +39,7 @@ from common import Learner, Sample, Task
 
 Team = list[Learner]  # actors or critics
 Ids = list[list[int]]  # B texts as token ids
-Batch = tuple[dict[str, Tensor], int]  # a model's inputs (B, L), and P
+Inputs = dict[str, Tensor]  # of a model, each (B, L)
 Rng = torch.Generator
 Metrics = dict[str, float]
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
@@ -111,8 +111,8 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
 
 
-def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Batch:
-    """Left-pad the prompts and right-pad the completions: the model's inputs (B, L), and P.
+def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Inputs:
+    """Left-pad the prompts and right-pad the completions: the model's inputs (B, L).
     Positions count from each sample's first token, not from the padding."""
     completions = completions or [[]] * len(prompts)
     width, more = max(map(len, prompts)), max(map(len, completions))
@@ -124,7 +124,7 @@ def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) ->
     mask = (ids >= 0).long()
     ids = ids.masked_fill(mask == 0, learner.tokenizer.pad_token_id)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, width
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def distinct(texts: Ids) -> tuple[Ids, list[int]]:
@@ -174,10 +174,10 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     end-of-sequence token, inclusive, or to max_new_tokens; when half of the batch has
     ended, the rest goes on without it."""
     texts, rows = distinct(prompts)
-    inputs, _ = pad_batch(actor, texts)
+    inputs = pad_batch(actor, texts)
     rows = torch.tensor(rows, device=actor.model.device)  # of the batch, which go on
     live, cache = torch.arange(len(rows), device=rows.device), None  # their samples
-    end_ids = torch.tensor(actor.end_ids, dtype=rows.dtype, device=rows.device)
+    end_ids = rows.new_tensor(actor.end_ids)
     sampled = rows.new_full((len(rows), args.max_new_tokens), -1)  # (B, T)
     uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
     for position, uniform in enumerate(uniforms.to(rows.device)):
@@ -209,7 +209,8 @@ def sequence_logprobs(
     actor: Learner, prompts: Ids, completions: Ids, args: Args
 ) -> tuple[Tensor, Tensor]:
     """log π(a|h) (B,), and the entropy in nats summed over the completion's tokens (B,)."""
-    inputs, width = pad_batch(actor, prompts, completions)
+    inputs = pad_batch(actor, prompts, completions)
+    width = max(map(len, prompts))
     tokens = inputs["input_ids"][:, width:]  # (B, T)
     padding = inputs["attention_mask"][:, width:] == 0  # (B, T)
     before = torch.arange(width - 1, width - 1 + tokens.shape[1], device=tokens.device)
@@ -218,9 +219,8 @@ def sequence_logprobs(
         output = actor.model(**inputs, **options)
     logprobs = warp(actor, output.logits, args, tokens).log_softmax(-1)  # (B, T, V)
     chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T)
-    if args.entropy_coef == 0:  # the entropy is a metric then, without gradient
-        logprobs = logprobs.detach()
-    entropies = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # 0 where cut
+    with torch.set_grad_enabled(args.entropy_coef > 0):  # else only a metric
+        entropies = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # 0 where cut
     entropy = entropies.masked_fill(padding, 0.0).sum(-1)
     return chosen.masked_fill(padding, 0.0).sum(-1), entropy  # (1)
 
@@ -320,9 +320,8 @@ def collect(
 def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """V or Q of each text, read at its last token: (B,)."""
     texts, rows = distinct(texts)
-    inputs, _ = pad_batch(critic, texts)
     with common.autocast(critic, args):
-        output = critic.model.base_model(**inputs, use_cache=False)
+        output = critic.model.base_model(**pad_batch(critic, texts), use_cache=False)
     hidden = output.last_hidden_state[rows, -1]  # (B, H) from (distinct texts, L, H)
     return critic.value_head(hidden.float())
 
@@ -330,11 +329,9 @@ def critic_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
 @torch.no_grad()
 def estimate_values(critic: Learner, texts: Ids, args: Args) -> Tensor:
     """The values of a whole buffer before its update: (B,), on the CPU."""
-    values = [torch.zeros(0)]
-    size = args.micro_batch_size or args.train_batch_size
-    for part in common.slices(len(texts), size):
-        values.append(critic_values(critic, texts[part], args).cpu())
-    return torch.cat(values)
+    parts = common.slices(len(texts), args.micro_batch_size or args.train_batch_size)
+    values = [critic_values(critic, texts[part], args).cpu() for part in parts]
+    return torch.cat([torch.zeros(0), *values])
 
 
 def td_targets(samples: list[Sample], values: Tensor, args: Args) -> Tensor:
@@ -360,11 +357,9 @@ def advantages(targets: Tensor, values: Tensor, args: Args) -> Tensor:
 # ----------------------------------------------------------------------- update
 
 
-def minibatches(
-    samples: list[Sample], generator: Rng, args: Args
-) -> tuple[list[list[int]], list[float]]:
+def minibatches(samples: list[Sample], generator: Rng, args: Args) -> list[tuple]:
     """The places of a buffer's samples in random order, dealt into minibatches, as many on every
-    rank, and the share of each in the buffer, both over all ranks. Within one, samples
+    rank; with each its share in the buffer, both over all ranks. Within one, samples
     stand by length, so that micro-batches need little padding."""
     counts = common.gather(len(samples))
     number = math.ceil(sum(counts) / (args.train_batch_size or sum(counts)))
@@ -373,8 +368,8 @@ def minibatches(
     lengths = [sum(map(len, s.prompt_ids + s.completion_ids)) for s in samples]
     parts = [order[(k - first) % number :: number].tolist() for k in range(number)]
     batches = [sorted(part, key=lengths.__getitem__) for part in parts]
-    sizes = common.total(*map(len, batches))
-    return batches, [size / sum(counts) for size in sizes]
+    shares = [size / sum(counts) for size in common.total(*map(len, batches))]
+    return list(zip(batches, shares, strict=True))
 
 
 def step(learner: Learner, sums: Metrics, args: Args) -> Metrics:
@@ -431,7 +426,7 @@ def update(
 ) -> Metrics:
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
     metrics: Metrics = {}
-    batches, shares = minibatches(samples, generator, args)
+    batches = minibatches(samples, generator, args)
     # one critic, which takes one step per minibatch, for however many agents
     for critic in critics:
         texts = [sample.critic_ids[0] for sample in samples]
@@ -439,7 +434,7 @@ def update(
         targets = td_targets(samples, values, args)
         weights = advantages(targets, values, args)
         metrics |= common.critic_metrics(critic, samples, values, targets, args)
-        for batch, share in zip(batches, shares, strict=True):
+        for batch, share in batches:
             inputs = [texts[k] for k in batch]
             losses = update_critic(critic, inputs, targets[batch], args)
             chosen = [samples[k] for k in batch]

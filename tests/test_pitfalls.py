@@ -129,8 +129,7 @@ def test_03_the_end_token_is_part_of_the_action(script):
 def test_04_left_padding_has_positions(script):
     """Positions are the token's own: GPT-2 would be off by nats (see test_batching.py)."""
     actor = micro_learner(script, "gpt2", vocabulary=12)
-    inputs, width = script.pad_batch(actor, [[5, 6, 7], [8]], [[2], [3, 4]])
-    assert width == 3
+    inputs = script.pad_batch(actor, [[5, 6, 7], [8]], [[2], [3, 4]])
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 2, 0], [0, 0, 8, 3, 4]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]

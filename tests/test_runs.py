@@ -85,11 +85,12 @@ def test_minibatches_are_drawn_at_random_and_stand_by_length(script, tmp_path):
     samples = [sample([[2] * n], [[1]]) for n in lengths]
     args = tiny_args(script, tmp_path, train_batch_size=4)
     generator = torch.Generator().manual_seed(0)
-    batches, shares = script.minibatches(samples, generator, args)
+    dealt = script.minibatches(samples, generator, args)
+    batches, shares = map(list, zip(*dealt, strict=True))
     assert sorted(k for batch in batches for k in batch) == list(range(11))
     assert shares == [len(batch) / 11 for batch in batches] == [4 / 11, 4 / 11, 3 / 11]
     assert all(batch == sorted(batch, key=lengths.__getitem__) for batch in batches)
-    assert batches != script.minibatches(samples, generator, args)[0]
+    assert dealt != script.minibatches(samples, generator, args)
 
 
 def huge_pages_on_request():

@@ -40,7 +40,7 @@ class Args:
 
 def logprobs(actor: common.Learner, texts: tuple, args: maac.Args) -> Tensor:
     """The log-probability of each token of the completions, padding left out."""
-    inputs, width = maac.pad_batch(actor, *texts)
+    inputs, width = maac.pad_batch(actor, *texts), max(map(len, texts[0]))
     tokens, mask = inputs["input_ids"][:, width:], inputs["attention_mask"][:, width:]
     places = torch.arange(width - 1, width - 1 + tokens.shape[1])
     with common.autocast(actor, args):
