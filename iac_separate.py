@@ -39,7 +39,6 @@ from common import Learner, Sample, Task
 
 Team = list[Learner]  # actors or critics
 Ids = list[list[int]]  # B texts as token ids
-Inputs = dict[str, Tensor]  # of a model, each (B, L)
 Rng = torch.Generator
 Metrics = dict[str, float]
 # Shapes: B samples, P prompt tokens, T completion tokens, L = P + T, V vocabulary, H hidden
@@ -111,8 +110,8 @@ def value_head(learner: Learner, hidden_dim: int | None) -> nn.Sequential:
     return nn.Sequential(*layers, out, nn.Flatten(0)).to(learner.model.device)
 
 
-def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> Inputs:
-    """Left-pad the prompts and right-pad the completions: the model's inputs (B, L).
+def pad_batch(learner: Learner, prompts: Ids, completions: Ids | None = None) -> dict:
+    """Left-pad the prompts and right-pad the completions: a model's inputs, each (B, L).
     Positions count from each sample's first token, not from the padding."""
     completions = completions or [[]] * len(prompts)
     width, more = max(map(len, prompts)), max(map(len, completions))
@@ -178,7 +177,7 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     rows = torch.tensor(rows, device=actor.model.device)  # of the batch, which go on
     live, cache = torch.arange(len(rows), device=rows.device), None  # their samples
     end_ids = rows.new_tensor(actor.end_ids)
-    sampled = rows.new_full((len(rows), args.max_new_tokens), -1)  # (B, T)
+    sampled = rows.new_full((len(rows), args.max_new_tokens), -1)  # (B, T), -1: none
     uniforms = torch.rand(args.max_new_tokens, len(prompts), generator=generator)
     for position, uniform in enumerate(uniforms.to(rows.device)):
         output = actor.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
@@ -188,8 +187,9 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
             cache.reorder_cache(rows)
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         tokens = draw_tokens(warp(actor, logits, args), uniform[live])
-        sampled[live, position] = tokens
-        going = ~torch.isin(sampled[live], end_ids).any(1)
+        over = torch.isin(sampled[live], end_ids).any(1)  # these had ended before
+        sampled[live, position] = tokens.masked_fill(over, -1)
+        going = ~(over | torch.isin(tokens, end_ids))
         if (left := int(going.sum())) == 0:
             break
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
@@ -197,9 +197,7 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
         inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
         rows = going.nonzero().squeeze(1) if 2 * left <= len(live) else None
         live = live if rows is None else live[rows]
-    ends = torch.isin(sampled, end_ids).long()
-    kept = ends.cumsum(1) - ends == 0  # through the first end
-    return [row[keep].tolist() for row, keep in zip(sampled, kept, strict=True)]
+    return [row[row >= 0].tolist() for row in sampled]
 
 
 # ------------------------------------------------------------ log-probabilities
@@ -238,11 +236,8 @@ def critic_texts(critics: Team, sample: Sample, args: Args) -> Ids:
 
 def with_actions(critics: Team, sample: Sample) -> Ids:
     """h and then a, as each agent's critic reads them for Q."""
-    texts = []
-    for agent, critic in enumerate(critics):
-        ids, text = sample.critic_ids[agent], sample.completions[agent]
-        texts.append(critic.encode_action(ids, text, sample.ended[agent]))
-    return texts
+    rows = zip(critics, sample.critic_ids, sample.completions, sample.ended)
+    return [critic.encode_action(ids, text, ended) for critic, ids, text, ended in rows]
 
 
 def act(actors: Team, samples: list[Sample], generator: Rng, args: Args) -> None:
@@ -265,8 +260,8 @@ def play(
 ) -> list[Sample]:
     """Play num_generations episodes of each item, all of them side by side. Returns the
     samples, episode after episode, turn after turn."""
-    threshold = args.early_termination_threshold
-    threshold = math.inf if threshold is None else threshold
+    limit = args.early_termination_threshold
+    limit = math.inf if limit is None else limit
     samples, live = [], []
     for item in items:
         for _ in range(args.num_generations):
@@ -286,12 +281,11 @@ def play(
             for sample, reward in zip(joint, task.pay(joint), strict=True):
                 sample.reward = reward
         samples += live
-        turn, live = live, []
-        for s in turn:
-            if s.turn + 1 < args.num_turns and s.reward <= threshold:  # it goes on
-                prompts = task.transition(s, args.external_prompt_passthrough)
-                past = [*s.history, s]
-                live.append(Sample(s.item, s.episode, s.turn + 1, prompts, past))
+        going = [s for s in live if s.turn + 1 < args.num_turns and s.reward <= limit]
+        live = []
+        for s in going:
+            prompts = task.transition(s, args.external_prompt_passthrough)
+            live.append(Sample(s.item, s.episode, s.turn + 1, prompts, [*s.history, s]))
     samples.sort(key=lambda sample: (sample.episode, sample.turn))
     for k, sample in enumerate(samples):  # an episode is over where another one follows
         sample.done = k + 1 == len(samples) or samples[k + 1].turn == 0
