@@ -427,7 +427,7 @@ class Learner(nn.Module):
         super().__init__()
         self.name, self.source, self.tokenizer = name, source, tokenizer
         self.model, self.value_head, self.optimizer = model, None, None
-        self.base: tuple = ()  # of adapters: the model whose frozen weights are shared
+        self.base: tuple = ()  # the model whose frozen weights are shared; as a PeftModel
         self.told = False  # of the first turn that it could not read
         inner = tokenizer("a", add_special_tokens=False).input_ids
         whole = tokenizer("a").input_ids  # what begins a text, a, what would close it
@@ -556,20 +556,17 @@ def lower_precision(model: nn.Module, args: Any) -> None:
         head.forward = torch.autocast(model.device.type, enabled=False)(head.forward)
 
 
-def adapted(base: nn.Module, rank: int) -> nn.Module:
-    """A model over the very weights of `base`, which are frozen, with low-rank adapters of its
-    own, in float32, on all linear layers but the head: W + 2BA (LoRA, arXiv 2106.09685), B = 0
+def adapted(base: nn.Module, rank: int) -> Any:
+    """A PeftModel over the very weights of `base`, which are frozen, with low-rank adapters of
+    its own, in float32, on all linear layers but the head: W + 2BA (LoRA, arXiv 2106.09685), B = 0
     at first. Raises InputError where peft would adapt what is no layer, as some experts."""
     with attempting("lora_rank needs peft: pip install peft"):
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, get_peft_model
     model = copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    model = inject_adapter_in_model(config, model)
+    model = get_peft_model(model, config)
     experts = any(hasattr(layer, "parameter_name") for layer in model.modules())
     require(not experts, "lora_rank cannot adapt its experts, which are no layers")
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
     return model
 
 
@@ -637,7 +634,8 @@ def load_learners(
                 probe(learner, writes=role == "agent")
                 lower_precision(model, args)
             if args.lora_rank is not None:
-                learner.model, learner.base = adapted(model, args.lora_rank), (model,)
+                learner.base = model, adapted(model, args.lora_rank)
+                learner.model = learner.base[1].get_base_model()
             if args.gradient_checkpointing:
                 learner.model.activation_checkpointing_enable()
     return learners
@@ -660,21 +658,12 @@ def save_agent(agent: Learner, folder: Path) -> None:
     with attempting(f"{str(folder)!r} cannot be written"):
         model = agent.model
         if agent.base:
-            import peft
-            from safetensors.torch import save_file
-
-            weights = peft.get_peft_model_state_dict(model)
-            weights = {f"base_model.model.{k}": x for k, x in weights.items()}
-            model.peft_config["default"].save_pretrained(folder / "adapter")
-            save_file(weights, folder / "adapter" / "adapter_model.safetensors")
-            (base,), copies = agent.base, {}  # made beside the device's memory
+            (base, adapters), copies = agent.base, {}  # beside the device's memory
             for x in base.parameters():
                 copies[id(x)] = nn.Parameter(x.to("cpu", torch.float32, copy=True))
-            model = copy.deepcopy(base, copies)
-            for name, layer in agent.model.named_modules():
-                if hasattr(layer, "get_delta_weight"):
-                    delta = layer.get_delta_weight("default").cpu()
-                    model.get_submodule(name).weight.data += delta
+            adapters = copy.deepcopy(adapters, copies).cpu()
+            adapters.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            model = adapters.merge_and_unload()
         model.save_pretrained(folder)
         agent.tokenizer.save_pretrained(folder)
 
