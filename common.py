@@ -14,7 +14,6 @@ import runpy
 import shlex
 import signal
 import sys
-import threading
 import time
 import traceback
 import zipfile
@@ -397,7 +396,7 @@ def load_task(args: Any, task: Task | None) -> Task:
             text = Path(args.train_file).read_text("utf-8-sig").strip()
             text = re.sub(r"\n\s*", ",\n", text)
             items = json.loads(f"[{text}]")
-        kept = len(items) - math.ceil(len(items) / 10)
+        kept = len(items) * 9 // 10
         task = replace(task, train_dataset=items[:kept], eval_dataset=items[kept:])
     many, turns = isinstance(task.formatters, Sequence), args.num_turns
     with attempting(f"task {task.name!r} cannot be used"):
@@ -443,14 +442,13 @@ class Learner(nn.Module):
         self.unknown_ids = torch.tensor(unknown, dtype=torch.long, device=model.device)
         config = model.config.get_text_config()
         names = ("max_position_embeddings", "max_seq_len")
-        sizes = [getattr(config, name, None) or math.inf for name in names]
-        self.context: float = min(sizes)  # tokens that the model takes
+        sizes = [getattr(config, name, None) or sys.maxsize for name in names]
+        self.context: int = min(sizes)  # tokens that the model takes
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The state_dict without what is frozen."""
-        every = self.named_parameters(remove_duplicate=False)
-        frozen = {name for name, parameter in every if not parameter.requires_grad}
-        return {k: x for k, x in self.state_dict().items() if k not in frozen}
+        """The state_dict without what is frozen or fixed."""
+        state = self.state_dict(keep_vars=True).items()
+        return {name: x.detach() for name, x in state if x.requires_grad}
 
     def encode(self, sample: Sample, prompt: Prompt, room: int = 0) -> list[int]:
         """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens
@@ -479,10 +477,9 @@ class Learner(nn.Module):
     def encode_action(self, ids: list[int], text: str, ended: bool) -> list[int]:
         """Token ids of a history, and behind it of an action; of one that takes more tokens here
         than where it was sampled, as many as the model takes."""
-        end = self.tokenizer.eos_token if ended else None
-        text += end or ""
+        text += (self.tokenizer.eos_token or "") if ended else ""
         ids = ids + self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids[: min(len(ids), self.context)]
+        return ids[: self.context]
 
 
 def pick_device(args: Any, place: int) -> torch.device:
@@ -916,9 +913,8 @@ class Run:
                 require(file.testzip() is None, "a checksum is wrong")
             state = torch.load(self.checkpoint, "cpu", weights_only=True)
             for learner in self.learners:
-                weights = state["weights"][learner.name]
-                require(weights.keys() == learner.trained_state().keys(), "of others")
-                learner.load_state_dict(learner.state_dict() | weights)
+                weights = learner.state_dict() | state["weights"][learner.name]
+                learner.load_state_dict(weights)
                 learner.optimizer.load_state_dict(state["optimizers"][learner.name])
         vars(self).update(state["counts"])
         fits = self.items <= self.total_items
@@ -938,7 +934,7 @@ class Run:
         options = {"total": self.total_items, "initial": self.items, "unit": "item"}
         self.bar = tqdm(**options, mininterval=gap, maxinterval=gap, disable=rank() > 0)
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # in another thread, which is sent no signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.ask_to_stop)
         self.mark = time.perf_counter()  # when training began, or went on
