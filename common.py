@@ -445,11 +445,6 @@ class Learner(nn.Module):
         sizes = [getattr(config, name, None) or sys.maxsize for name in names]
         self.context: int = min(sizes)  # tokens that the model takes
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """The state_dict without what is frozen or fixed."""
-        state = self.state_dict(keep_vars=True).items()
-        return {name: x.detach() for name, x in state if x.requires_grad}
-
     def encode(self, sample: Sample, prompt: Prompt, room: int = 0) -> list[int]:
         """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens
         that begin one, once; messages go through the chat template. What is empty, or leaves no
@@ -1034,12 +1029,16 @@ class Run:
         aside = self.folder / "checkpoint.unfinished"
         with attempting(f"the checkpoint cannot be written to {str(self.folder)!r}"):
             self.sizes = [(self.folder / name).stat().st_size for name in Logs.FILES]
-            state = {"counts": {name: getattr(self, name) for name in self.COUNTS}}
-            state["weights"] = {x.name: x.trained_state() for x in self.learners}
-            optimizers = {x.name: x.optimizer.state_dict() for x in self.learners}
+            counts = {name: getattr(self, name) for name in self.COUNTS}
+            state = {"counts": counts, "weights": {}, "optimizers": {}}
+            for learner in self.learners:  # without what is frozen
+                every = learner.state_dict(keep_vars=True).items()
+                trained = {name: x.detach() for name, x in every if x.requires_grad}
+                state["weights"][learner.name] = trained
+                state["optimizers"][learner.name] = learner.optimizer.state_dict()
             try:
                 with open(aside, "wb") as file:
-                    torch.save(state | {"optimizers": optimizers}, file)
+                    torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
                 aside.replace(self.checkpoint)

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What they hold today: bounds to be lowered, never raised. The aims: 480, 790.
-SCRIPT_LINES, COMMON_LINES = 497, 1074
+SCRIPT_LINES, COMMON_LINES = 497, 1058
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
