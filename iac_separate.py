@@ -465,11 +465,12 @@ def train(args: Args, task: Task | None = None) -> Path:
     names = args.critics or [args.critic_model or name for name in names]
     critics = common.load_learners("critic", AutoModel, names, count, args, actors)
     for actor in actors:
-        actor.optimizer = Adam(actor.parameters(), args.agent_learning_rate, fused=True)
+        weights = [weight for weight in actor.parameters() if weight.requires_grad]
+        actor.optimizer = Adam(weights, args.agent_learning_rate, fused=True)
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
-        weights, rate = critic.parameters(), args.critic_learning_rate
-        critic.optimizer = Adam(weights, rate, fused=True)
+        weights = [weight for weight in critic.parameters() if weight.requires_grad]
+        critic.optimizer = Adam(weights, args.critic_learning_rate, fused=True)
 
     with common.Run(args, task, __file__, actors + critics) as run:
         if run.due(run.evaluated, args.eval_interval):

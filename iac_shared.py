@@ -463,7 +463,8 @@ def train(args: Args, task: Task | None = None) -> Path:
     critics = actors  # each agent's critic is its own model with a value head
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
-        backbone = {"params": actor.model.parameters(), "lr": args.agent_learning_rate}
+        weights = [x for x in actor.model.parameters() if x.requires_grad]
+        backbone = {"params": weights, "lr": args.agent_learning_rate}
         head = {"params": actor.value_head.parameters()}  # at the critic's rate
         actor.optimizer = Adam([backbone, head], args.critic_learning_rate, fused=True)
 

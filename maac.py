@@ -424,8 +424,7 @@ def update(
     """One pass over the buffer; returns the losses, averaged over all ranks' samples."""
     metrics: Metrics = {}
     batches = minibatches(samples, generator, args)
-    # one critic, which takes one step per minibatch, for however many agents
-    for critic in critics:
+    for critic in critics:  # one, with one step per minibatch for however many agents
         texts = [sample.critic_ids[0] for sample in samples]
         values = estimate_values(critic, texts, args)
         targets = td_targets(samples, values, args)
@@ -470,11 +469,12 @@ def train(args: Args, task: Task | None = None) -> Path:
     names = args.critics or (args.critic_model or names[0],)
     critics = common.load_learners("critic", AutoModel, names, 1, args, actors)
     for actor in actors:
-        actor.optimizer = Adam(actor.parameters(), args.agent_learning_rate, fused=True)
+        weights = [weight for weight in actor.parameters() if weight.requires_grad]
+        actor.optimizer = Adam(weights, args.agent_learning_rate, fused=True)
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
-        weights, rate = critic.parameters(), args.critic_learning_rate
-        critic.optimizer = Adam(weights, rate, fused=True)
+        weights = [weight for weight in critic.parameters() if weight.requires_grad]
+        critic.optimizer = Adam(weights, args.critic_learning_rate, fused=True)
 
     with common.Run(args, task, __file__, actors + critics) as run:
         if run.due(run.evaluated, args.eval_interval):

@@ -138,6 +138,10 @@ def test_resumed_with_adapters(script, tmp_path, monkeypatch):
     (left,) = (tmp_path / "b").iterdir()
     state = torch.load(left / "checkpoint.pt", weights_only=True)["weights"]
     assert all("lora" in k or "value_head" in k for x in state.values() for k in x)
+    optimizers = torch.load(left / "checkpoint.pt", weights_only=True)["optimizers"]
+    for name, weights in state.items():
+        groups = optimizers[name]["param_groups"]
+        assert sum(len(group["params"]) for group in groups) == len(weights)
     args = tiny_args(script, tmp_path, **more, resume=str(left))
     assert same(outcome(script.train(args, small_task(32))), outcome(whole))
 

@@ -18,7 +18,7 @@ FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common"
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 IMPORTED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
-WHERE_USED = {"wandb", "tensorboard", "matplotlib", "datasets", "peft", "safetensors"}
+WHERE_USED = {"wandb", "tensorboard", "matplotlib", "datasets", "peft"}
 SHARED = """pad_batch distinct value_head warp draw_tokens generate act play collect
 critic_values estimate_values td_targets advantages minibatches step evaluate"""
 BOTH_WITH_CRITIC_MODELS = "sequence_logprobs update_critic update_actor"
