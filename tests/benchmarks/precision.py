@@ -66,6 +66,7 @@ def measure(args: Args, head: str) -> list[str]:
         return tokens
 
     maac.draw_tokens = note
+    torch.set_float32_matmul_precision("medium")  # as a run in bfloat16 has it
     actor.end_ids = []  # all of full length
     prompts = actor.tokenizer(PROMPTS[:16], add_special_tokens=False).input_ids
     with common.autocast(actor, half):
@@ -75,6 +76,7 @@ def measure(args: Args, head: str) -> list[str]:
     scored = logprobs(actor, texts, half)
     scored.sum().backward()
     seconds = time.perf_counter() - start
+    torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
         exact = logprobs(reference, texts, whole)
     common.lower_precision, maac.draw_tokens = lower, draw
