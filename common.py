@@ -204,7 +204,6 @@ def setup(args: Any, task: "Task | None") -> "Task":
         for name in names.split():
             v = getattr(args, name, None)
             require(v is None or fits(v), f"{name} must be {limit}, got {v!r}")
-    pick_device(args, 0)  # where that fails, it should do so before a task is loaded
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -544,8 +543,9 @@ def lower_precision(model: nn.Module, args: Any) -> None:
             weight.data = weight.data.to(getattr(torch, args.dtype))
     head = model.get_output_embeddings()
     if args.dtype == "bfloat16" and head is not None:
-        head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
-        head.forward = torch.autocast(model.device.type, enabled=False)(head.forward)
+        product = torch.autocast(model.device.type, enabled=False)(head.float().forward)
+        # a slice that is not contiguous would be B products, of B copies of the weight
+        head.forward = lambda hidden: product(hidden.float().contiguous())
 
 
 def adapted(base: nn.Module, rank: int) -> Any:

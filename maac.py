@@ -170,8 +170,7 @@ def draw_tokens(scores: Tensor, uniforms: Tensor) -> Tensor:
 @torch.no_grad()
 def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
     """Sample a completion for each prompt, all in one batch. It goes up to its first
-    end-of-sequence token, inclusive, or to max_new_tokens; when half of the batch has
-    ended, the rest goes on without it."""
+    end-of-sequence token, inclusive, or to max_new_tokens; the others go on without it."""
     texts, rows = distinct(prompts)
     inputs = pad_batch(actor, texts)
     rows = torch.tensor(rows, device=actor.model.device)  # of the batch, which go on
@@ -187,15 +186,14 @@ def generate(actor: Learner, prompts: Ids, generator: Rng, args: Args) -> Ids:
             cache.reorder_cache(rows)
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         tokens = draw_tokens(warp(actor, logits, args), uniform[live])
-        over = torch.isin(sampled[live], end_ids).any(1)  # these had ended before
-        sampled[live, position] = tokens.masked_fill(over, -1)
-        going = ~(over | torch.isin(tokens, end_ids))
+        sampled[live, position] = tokens
+        going = ~torch.isin(tokens, end_ids)
         if (left := int(going.sum())) == 0:
             break
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         inputs |= {"input_ids": tokens[:, None], "attention_mask": mask}
         inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
-        rows = going.nonzero().squeeze(1) if 2 * left <= len(live) else None
+        rows = going.nonzero().squeeze(1) if left < len(live) else None
         live = live if rows is None else live[rows]
     return [row[row >= 0].tolist() for row in sampled]
 

@@ -81,7 +81,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (27, "0 times log 0", "logprobs.clamp(min=-1e9)", "logprobs", "test_27"),
     (28, "each sample's text", "return list(map(list, rows)), [rows[tuple(ids)] for ids in texts]", "return texts, list(range(len(texts)))", "test_28_a_critic"),
     (28, "each sample's prompt", "texts, rows = distinct(prompts)", "texts, rows = prompts, list(range(len(prompts)))", "test_28_generation"),
-    (28, "ended rows stay", "going.nonzero().squeeze(1) if 2 * left <= len(live) else None", "None", "test_28_generation"),
+    (28, "ended rows stay", "going.nonzero().squeeze(1) if left < len(live) else None", "None", "test_28_generation"),
     (28, "another sample's draws", "live if rows is None else live[rows]", "live if rows is None else live[: len(rows)]", "test_28_generation"),
     (28, "one text for all", "uniform[live])", "uniform[live * 0])", "test_28_generation"),
 ]  # fmt: skip
