@@ -70,28 +70,23 @@ def test_tensorboard(run):
         assert np.allclose(shown, points, rtol=1e-6, atol=0)
 
 
-def test_dialogues_without_other_packages(tmp_path, monkeypatch, capsys):
+def test_dialogues_without_matplotlib(tmp_path, monkeypatch, capsys):
     """A dialogue by hand; a run ends with three, of the first items for evaluation."""
     parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "y."}]
     chat = [{"role": "system", "content": "Be."}, {"role": "user", "content": parts}]
     one = sample([[2], [2]], [[3], [3]], 0.5)
     one.prompts, one.completions = ["target 7\n", chat], ["3", "y\nz"]
-    first = "agent 0 reads:\ntarget 7\nagent 0 writes:\n3\nagent 1 reads:\nBe."
-    assert (
-        common.dialogue(one) == f"{first}\nSay y.\nagent 1 writes:\ny\nz\nreward 0.500"
-    )
-    assert common.dialogue(replace(one, turn=1)).startswith(f"turn 1\n{first}\n")
-    for name in ("matplotlib.figure", "torch.utils.tensorboard", "wandb"):
-        monkeypatch.setitem(sys.modules, name, None)
-    folder = maac.train(tiny_args(maac, tmp_path), small_task())
+    text = "agent 0 reads:\ntarget 7\nagent 0 writes:\n3\nagent 1 reads:\nBe.\nSay y.\n"
+    text += "agent 1 writes:\ny\nz\nreward 0.500"
+    assert common.dialogue(one) == text
+    assert common.dialogue(replace(one, turn=1)) == f"turn 1\n{text}"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    maac.train(tiny_args(maac, tmp_path), small_task())
     out = capsys.readouterr().out
     assert out.count("\nagent 1 writes:\n") == out.count("\nreward ") == 3
     for item in small_task().eval_dataset[:3]:
         assert out.count(f"reads:\n{item['prompt']}agent") == 2
     assert "curves.png needs matplotlib: pip install matplotlib" in out
-    assert not [*folder.glob("curves.png"), *folder.glob("events*")]
-    with pytest.raises(common.InputError, match="wandb_config needs .*import of wandb"):
-        maac.train(tiny_args(maac, tmp_path, wandb_config="{}"), small_task())
 
 
 @pytest.mark.slow
