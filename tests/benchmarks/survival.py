@@ -4,14 +4,13 @@
     python tests/benchmarks/survival.py --parts kill --kills 20 --scripts maac
 
 kill: the default run is killed (SIGKILL) at random moments, every fourth time within a save,
-resumed until it ends, and compared with a run that nobody disturbed: weights and value heads
-to the bit, metrics.jsonl and samples.jsonl line by line, times aside.
+resumed until it ends, and compared with a run that nobody disturbed.
 kill_ranks: the same with two processes: torchrun and both are killed at once.
-cost: the seconds that saving every 20 updates adds to the default run, and their share of it.
-memory: resident memory after 500 updates and after --updates of them.
-ranks: two processes of one thread each: that the default run learns, that the other process
-ends soon when one is killed, and, with --model, the time per joint sample against one
-process of two threads.
+cost: what saving every 20 updates adds to the default run.
+memory: resident memory after 500 updates and after 20,000.
+ranks: two processes of one thread each: that the default run learns, that the other ends soon
+when one is killed, and, with --model, the time per joint sample against one process of two
+threads.
 
 Exit status 1 if a part fails its bar.
 """
@@ -55,11 +54,7 @@ class Args:
     scripts: tuple[str, ...] = ("maac", "iac_separate", "iac_shared")
     """Scripts to try."""
     kills: int = 20
-    """Killed runs per script in the part kill."""
-    rank_kills: int = 5
-    """Killed runs per script in the part kill_ranks."""
-    updates: int = 20_000
-    """Updates of the part memory."""
+    """Killed runs per script in the part kill, four times those in kill_ranks."""
     model: str | None = None
     """Folder of SmolLM2, for the time per joint sample in the part ranks."""
     flags: str = ""
@@ -67,7 +62,7 @@ class Args:
 
 
 def start(script: str, flags: list, launcher: list | None = None, threads="1", **more):
-    """A run as a process; output goes to a pipe, and what it says on stderr to a file."""
+    """A run as a process; output goes to a pipe, and `said` is a file of its stderr."""
     command = [*(launcher or [sys.executable]), str(ROOT / f"{script}.py"), *flags]
     more |= {"env": {**os.environ, "OMP_NUM_THREADS": threads}, "text": True}
     more |= {"stdout": subprocess.PIPE, "stderr": tempfile.TemporaryFile("w+")}  # noqa: SIM115
@@ -171,7 +166,7 @@ def kill(args: Args, script: str, launcher: list[str] | None = None) -> bool:
             shutil.rmtree(kept.parent)
         return equal
 
-    kills, moments = args.rank_kills if launcher else args.kills, random.Random(0)
+    kills, moments = math.ceil(args.kills / (4 if launcher else 1)), random.Random(0)
     plans = [(moments.uniform(0, seconds), k % 4 == 3) for k in range(kills)]
     with ThreadPoolExecutor(1 if launcher else 2) as pool:
         results = list(pool.map(one, plans))
@@ -183,7 +178,7 @@ kill_ranks = partial(kill, launcher=PAIR)
 
 
 def cost(args: Args, script: str) -> bool:
-    """Whether at most 5 % of a default run go into its checkpoints."""
+    """Whether checkpoints add at most 5 % to a default run."""
     spent, save, module = [], common.Run.save_checkpoint, __import__(script)
 
     def timed(run: common.Run) -> None:
@@ -204,22 +199,27 @@ def cost(args: Args, script: str) -> bool:
 
 def memory(args: Args, script: str) -> bool:
     """Whether memory grows by at most 5 % from 500 updates to the end."""
-    measured: list[tuple[int, float]] = []
+    sizes: dict[int, float] = {}  # MB, by updates
+    flags = [
+        "--num-train-epochs",
+        "160",
+        "--rollout-buffer-size",
+        "8",
+        "--logging-steps",
+        "8",
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        flags = ["--num-train-epochs", str(-(-args.updates * 8 // 1000))]
-        flags += ["--rollout-buffer-size", "8", "--logging-steps", "8"]
         run, folder = started(script, flags, scratch)
         while run.poll() is None:
             time.sleep(0.5)
-            with open(folder / "metrics.jsonl", "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
-                updates = re.findall(rb'"update": (\d+)', file.read())
+            lines = (folder / "metrics.jsonl").read_bytes()
             status = Path(f"/proc/{run.pid}/status").read_text()
-            if updates and (resident := re.search(r"VmRSS:\s+(\d+) kB", status)):
-                measured.append((int(updates[-1]), int(resident[1]) / 1000))
+            if resident := re.search(r"VmRSS:\s+(\d+) kB", status):
+                sizes[lines.count(b"rollout/return")] = int(resident[1]) / 1000
         finish(run)
-    first = next(megabytes for update, megabytes in measured if update >= 500)
-    last, end = [pair for pair in measured if pair[0] < measured[-1][0]][-1]
+    *measured, _ = sizes.items()  # the end draws curves
+    last, end = measured[-1]
+    first = next(size for updates, size in measured if updates >= 500)
     growth = 100 * (end / first - 1)
     text = f"{first:.0f} MB after 500 updates, {end:.0f} after {last}"
     print(f"{script}: {text}: {growth:+.1f} %")
