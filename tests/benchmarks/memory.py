@@ -19,14 +19,17 @@ That counts what a Llama's layer keeps for its backward pass; a critic of maac.p
 prompts of all agents, which is longer.
 """
 
+import itertools
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 from speed import SCRIPTS, Job, endless, measure, table
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,7 +38,9 @@ from transformers import (
 )
 
 QWEN = {"vocab_size": 151936, "tie_word_embeddings": True, "head_dim": 128}
-FIELD = {  # the paper's models: hidden size, intermediate size, layers, heads, heads of the cache
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+SIZES = f"{SIZES} num_key_value_heads".split()
+FIELD = {  # the paper's models
     "Qwen3-1.7B": (2048, 6144, 28, 16, 8),
     "Qwen2.5-Coder-3B": (2048, 11008, 36, 16, 2),
     "Qwen3-4B": (2560, 9728, 36, 32, 8),
@@ -60,80 +65,68 @@ class Args:
     """Samples of the buffer that is measured."""
     max_new_tokens: int = 64
     """Tokens of a completion there."""
-    micro_batch_size: int = 4
-    """Samples in a forward pass there."""
     model: Path = Path(".cache/smollm2")
     """SmolLM2, made by tests/smollm2.py."""
 
 
-def predicted(
-    config: PreTrainedConfig, job: Job, prompt_tokens: int
-) -> dict[str, float]:
-    """The formula's terms, in GB."""
+def predicted(config: PreTrainedConfig, job: Job, prompt_tokens: int) -> float:
+    """The formula, in GB."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    linear = [x for x in model.base_model.modules() if isinstance(x, torch.nn.Linear)]
-    learners = job.num_agents + {"maac": 1, "iac_shared": 0}.get(
-        job.script, job.num_agents
-    )
+    critics = {"maac": 1, "iac_separate": job.num_agents, "iac_shared": 0}[job.script]
+    learners = job.num_agents + critics
     bytes_of = 2 if job.dtype == "bfloat16" else 4
     whole, tokens = model.num_parameters(), prompt_tokens + job.max_new_tokens
     state, gradient = 12 * whole * learners, 4 * whole
     if job.lora_rank is not None:
+        linear = [x for x in model.base_model.modules() if isinstance(x, nn.Linear)]
         adapter = job.lora_rank * sum(x.in_features + x.out_features for x in linear)
         state, gradient = bytes_of * whole + 16 * adapter * learners, 0
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     cache = 2 * layers * config.num_key_value_heads * head * bytes_of
-    samples = job.micro_batch_size or job.buffer
     activations = bytes_of * layers * (14 * hidden + 5 * config.intermediate_size)
-    scores = 8 * 4 * samples * job.max_new_tokens * config.vocab_size
-    update = samples * tokens * activations + scores
-    terms = {"state": state, "generation": job.buffer * tokens * cache}
-    terms |= {"update": update, "gradient": gradient}
-    return {name: size / 1e9 for name, size in terms.items()}
+    scores = 8 * 4 * job.micro_batch_size * job.max_new_tokens * config.vocab_size
+    update = job.micro_batch_size * tokens * activations + scores
+    return 0.5 + (state + max(job.buffer * tokens * cache, update, gradient)) / 1e9
 
 
-def peak(terms: dict[str, float]) -> float:
-    """The formula's sum, in GB."""
-    return 0.5 + terms["state"] + max(x for name, x in terms.items() if name != "state")
+def measured(args: Args) -> Iterator[list[str]]:
+    """A row for each job: its peak, and the formula's."""
+    config = AutoConfig.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sizes = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        model = endless(args.model, Path(folder))
+        for script, count, rank in itertools.product(
+            args.scripts, args.agents, args.ranks
+        ):
+            sizes |= {"num_agents": count, "lora_rank": rank}
+            job = Job("ours", script, micro_batch_size=4, **sizes)
+            found = measure(job, model, sys.executable, Path(folder))["memory"] / 1e3
+            read = max(map(len, tokenizer(job.prompts).input_ids))
+            said = predicted(config, job, prompt_tokens=read)
+            print(job, f"{found:.2f} GB", flush=True)
+            mode = "all weights" if rank is None else f"LoRA {rank}"
+            sums = [f"{x:.2f}" for x in (found, said, said / found)]
+            yield [f"{script}.py", f"{count}", mode, *sums]
 
 
 def main(args: Args) -> None:
     """Print a table of what was measured, and one of what the field's models need."""
+    if args.scripts:
+        rows = list(measured(args))
+        print(table("script | agents | mode | measured GB | formula | ratio", rows))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.from_pretrained(args.model) if args.scripts else None
-        model = endless(args.model, Path(folder)) if args.scripts else None
-        tokenizer = AutoTokenizer.from_pretrained(args.model) if args.scripts else None
-        sizes = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
-        sizes["micro_batch_size"] = args.micro_batch_size
-        jobs = [
-            Job("ours", script, num_agents=count, lora_rank=rank, **sizes)
-            for script in args.scripts
-            for count in args.agents
-            for rank in args.ranks
-        ]
-        for job in jobs:
-            found = measure(job, model, sys.executable, Path(folder))["memory"] / 1e3
-            read = max(map(len, tokenizer(job.prompts).input_ids))
-            terms = predicted(config, job, prompt_tokens=read)
-            mode = "all weights" if job.lora_rank is None else f"LoRA {job.lora_rank}"
-            sums = [f"{found:.2f}", f"{peak(terms):.2f}", f"{peak(terms) / found:.2f}"]
-            rows.append([f"{job.script}.py", f"{job.num_agents}", mode, *sums])
-            print(rows[-1], {k: round(x, 2) for k, x in terms.items()}, flush=True)
-    print(table("script | agents | mode | measured GB | formula | ratio", rows), "\n")
-    rows = []
-    for name, (hidden, inner, layers, heads, cached) in FIELD.items():
-        config = AutoConfig.for_model("qwen3", hidden_size=hidden, intermediate_size=inner,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=cached,
-            **QWEN)  # fmt: skip
-        for mode, flags in MODES.items():
-            settings = {"buffer": 64, "max_new_tokens": 256, "micro_batch_size": 1}
-            jobs = [Job("ours", script, **flags, **settings) for script in SCRIPTS]
-            sums = [peak(predicted(config, job, prompt_tokens=512)) for job in jobs]
-            rows.append([name, mode, *(f"{x:.0f}" for x in sums)])
-    print(table("model | mode | " + " | ".join(f"{x}.py" for x in SCRIPTS), rows))
+    for (name, numbers), mode in itertools.product(FIELD.items(), MODES):
+        sizes = dict(zip(SIZES, numbers, strict=True))
+        config = AutoConfig.for_model("qwen3", **sizes, **QWEN)
+        flags = {"buffer": 64, "max_new_tokens": 256, "micro_batch_size": 1}
+        jobs = [Job("ours", script, **flags, **MODES[mode]) for script in SCRIPTS]
+        sums = [predicted(config, job, prompt_tokens=512) for job in jobs]
+        rows.append([name, mode, *(f"{x:.0f}" for x in sums)])
+    heads = " | ".join(f"{script}.py" for script in SCRIPTS)
+    print("\n" + table(f"model | mode | {heads}", rows))
 
 
 if __name__ == "__main__":
