@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import tyro
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
-from speed import PROMPTS
+from speed import PROMPTS, table
 
 import common
 import maac
@@ -53,24 +54,24 @@ def measure(args: Args, head: str) -> list[str]:
     """A row of the table, for a head in "float32" or in "bfloat16"."""
     whole = maac.Args(device="cpu", max_new_tokens=args.max_new_tokens)
     half, drawn = replace(whole, dtype="bfloat16", lora_rank=args.lora_rank), []
-    load = (AutoModelForCausalLM, [args.model], 1)
-    (reference,) = common.load_learners("agent", *load, whole)
+    load = ("agent", AutoModelForCausalLM, [args.model], 1)
+    (reference,) = common.load_learners(*load, whole)
     lower, draw = common.lower_precision, maac.draw_tokens
     if head == "bfloat16":
-        common.lower_precision = lambda model, args: None
-    (actor,) = common.load_learners("agent", *load, half)
+        lower = lambda model, args: None
+    with patch.object(common, "lower_precision", lower):
+        (actor,) = common.load_learners(*load, half)
 
     def note(scores: Tensor, uniforms: Tensor) -> Tensor:
         tokens = draw(scores, uniforms)
         drawn.append(scores.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1))
         return tokens
 
-    maac.draw_tokens = note
     torch.set_float32_matmul_precision("medium")  # as a run in bfloat16 has it
     actor.end_ids = []  # all of full length
     prompts = actor.tokenizer(PROMPTS[:16], add_special_tokens=False).input_ids
-    with common.autocast(actor, half):
-        generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    with common.autocast(actor, half), patch.object(maac, "draw_tokens", note):
         texts = prompts, maac.generate(actor, prompts, generator, half)
     start = time.perf_counter()
     scored = logprobs(actor, texts, half)
@@ -79,7 +80,6 @@ def measure(args: Args, head: str) -> list[str]:
     torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
         exact = logprobs(reference, texts, whole)
-    common.lower_precision, maac.draw_tokens = lower, draw
     row = [head]
     for other in (exact, torch.stack(drawn, dim=1).flatten()):
         gap = (scored.detach() - other).abs()
@@ -89,10 +89,6 @@ def measure(args: Args, head: str) -> list[str]:
 
 if __name__ == "__main__":
     given = tyro.cli(Args)
-    kinds = ("largest", "99 %", "mean")
-    heads = [
-        f"{of}: {kind}" for of in ("off float32", "sampled, scored") for kind in kinds
-    ]
-    print("| head |", " | ".join([*heads, "seconds"]), "|\n" + "|---" * 8 + "|")
-    for head in ("float32", "bfloat16"):
-        print("|", " | ".join(measure(given, head)), "|", flush=True)
+    heads = "head | off float32: largest | 99 % | mean | sampled, scored: largest"
+    rows = [measure(given, head) for head in ("float32", "bfloat16")]
+    print(table(f"{heads} | 99 % | mean | seconds", rows))
