@@ -151,8 +151,7 @@ def reference(task: str, seed: int, algorithm: str, args: Args) -> dict:
     same += " num_generations num_train_epochs"
     config = {name: getattr(ours, name) for name in same.split()} | {"top_k": 0}
     config |= {} if script == "maac" else {"value_clip_range": 0.2}
-    spec = {"script": script, "task": "sum_to_target", "seed": seed}
-    spec |= {"num_agents": 2, "config": config}
+    spec = {"script": script, "seed": seed, "num_agents": 2, "config": config}
     with tempfile.TemporaryDirectory() as scratch:
         for role, auto_class in ("agent", AutoModelForCausalLM), ("critic", AutoModel):
             spec[f"{role}s"] = [f"{scratch}/{role}_{k}" for k in range(2)]

@@ -1,12 +1,8 @@
 """Train with the reference library CoMLRL: one process, in an environment of its own.
 
-    python reference.py '{"script": "maac", "agents": [".cache/smollm2"], "task": "vowels",
-        "prompts": ["a", "b"], "num_agents": 2, "config": {"rollout_buffer_size": 16}}'
-
-agents: one folder for all, or one each; critics: the same, the agents' if not given; task:
-vowels, which pays the share of vowels in a joint completion for the prompts given, or
-sum_to_target. Prints one JSON line: the seconds of training alone, the tokens
-of every completion, and the reward of every item.
+speed.py starts it on its prompts, and learning.py on sum_to_target; both give the script that is
+answered to, its models and the trainer's settings as JSON. Prints one JSON line: the seconds of
+training alone, the tokens of every completion, and the reward of every item.
 """
 
 import json
@@ -25,27 +21,16 @@ from comlrl.trainers.actor_critic import (
     MAACTrainer,
 )
 from datasets import Dataset
+from speed import vowels
 from transformers import AutoTokenizer
-
-
-def vowels(*completions: list[str]) -> list[float]:
-    """The share of vowels in each joint completion."""
-    joint = ["".join(texts).lower() for texts in zip(*completions, strict=True)]
-    return [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in joint]
 
 
 def main(spec: dict) -> dict:
     """Train over the prompts with the trainer that answers to our script."""
-    config = {
-        "num_turns": 1,
-        "num_train_epochs": 1,
-        "eval_interval": 0,
-        **spec["config"],
-    }
-    count = spec["num_agents"]
+    count, agents, critics = spec["num_agents"], spec["agents"], spec["critics"]
+    config = {"num_turns": 1, "num_train_epochs": 1, "eval_interval": 0}
     config |= {"num_agents": count, "early_termination_threshold": None}
-    agents = (spec["agents"] * count)[:count]
-    critics = (spec.get("critics", agents) * count)[:count]
+    config |= spec["config"]
     if spec["script"] == "maac":
         trainer_class, args = MAACTrainer, MAACConfig(**config)
         models = {"critics": critics[:1]}
@@ -62,12 +47,12 @@ def main(spec: dict) -> dict:
         rewards.append(float(np.mean([float(sample.reward) for sample in rollouts])))
         return {}
 
-    seed = spec.get("seed", 1)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    items, reward = [{"prompt": text} for text in spec.get("prompts", [])], vowels
-    if spec["task"] != "vowels":
+    random.seed(spec["seed"])
+    np.random.seed(spec["seed"])
+    torch.manual_seed(spec["seed"])
+    if "prompts" in spec:
+        items, reward = [{"prompt": text} for text in spec["prompts"]], vowels
+    else:  # common sets how memory is taken, which is not to help in speed.py
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
         from common import sum_to_target
 

@@ -27,7 +27,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import tyro
 
@@ -36,9 +35,8 @@ SCRIPTS = ("maac", "iac_separate", "iac_shared")
 REFERENCE = "comlrl==1.4.3"
 UNUSED_TOKEN = "<jupyter_output>"  # of SmolLM2; never sampled, so nothing ends early
 CASES = {"float32": {}, "bfloat16": {"dtype": "bfloat16"}}
-CASES["four_generations"] = {"num_generations": 4}
-CASES["lora"] = {"lora_rank": 16}
-CASES["lora_bfloat16"] = {"lora_rank": 16, "dtype": "bfloat16"}
+CASES |= {"four_generations": {"num_generations": 4}, "lora": {"lora_rank": 16}}
+CASES["lora_bfloat16"] = CASES["lora"] | CASES["bfloat16"]
 OURS_ALONE = {"bfloat16", "lora", "lora_bfloat16"}  # against the reference in float32
 PHASES = {  # functions of a script, none of which calls another
     "generation": ("generate",),
@@ -63,9 +61,9 @@ PROMPTS = [
 class Args:
     """What to measure."""
 
-    parts: tuple[Literal["compare", "default"], ...] = ("compare",)
-    """Tables to make."""
-    scripts: tuple[Literal["maac", "iac_separate", "iac_shared"], ...] = SCRIPTS
+    parts: tuple[str, ...] = ("compare",)
+    """Tables to make: compare, default."""
+    scripts: tuple[str, ...] = SCRIPTS
     """Scripts to measure."""
     cases: tuple[str, ...] = tuple(CASES)
     """Cases of `compare`: float32, bfloat16, four_generations, lora, lora_bfloat16."""
@@ -79,8 +77,6 @@ class Args:
     """SmolLM2, made by tests/smollm2.py."""
     environment: Path = Path(".cache/comlrl")
     """Where the reference is installed."""
-    micro_batch_size: int = 4
-    """Of our scripts and the floor: the peak of memory depends on it."""
     output: Path = Path("runs/speed.jsonl")
     """File to which each process's line is appended."""
 
@@ -105,13 +101,15 @@ class Job:
         return PROMPTS[: self.buffer // self.num_generations]
 
 
+def vowels(*completions: list[str]) -> list[float]:
+    """The share of vowels in each joint completion."""
+    joint = ["".join(texts).lower() for texts in zip(*completions, strict=True)]
+    return [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in joint]
+
+
 def make_task(args):
     """The task of our scripts: one update's items, paid their share of vowels."""
     from common import Task
-
-    def vowels(*completions: list[str]) -> list[float]:
-        joint = ["".join(texts).lower() for texts in zip(*completions, strict=True)]
-        return [sum(map(text.count, "aeiou")) / max(1, len(text)) for text in joint]
 
     items = PROMPTS[: args.rollout_buffer_size // args.num_generations]
     return Task([{"prompt": text} for text in items], vowels)
@@ -165,19 +163,14 @@ def run(command: list[str]) -> tuple[str, int]:
 
 def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
     """Run one job: joint samples per second, peak memory."""
-    if len(job.prompts) * job.num_generations != job.buffer:
-        each = f"{job.num_generations} generations of 1 to {len(PROMPTS)} prompts"
-        raise SystemExit(f"a buffer of {job.buffer} is not made of {each}")
+    assert len(job.prompts) * job.num_generations == job.buffer, job
     if job.who == "ours":
         flags = {"task": HERE / "speed.py", "output-dir": folder, "agent-model": model}
         flags |= {"agent-learning-rate": 1e-5, "critic-learning-rate": 1e-5}
         flags |= {"entropy-coef": 0, "rollout-buffer-size": job.buffer}
         flags |= {"num-train-epochs": 1, "log-samples": 0, "save-interval": 0}
-        for name in ("num_agents", "num_generations", "max_new_tokens", "dtype"):
-            flags[name] = getattr(job, name)
-        for name in ("micro_batch_size", "lora_rank"):
-            if getattr(job, name) is not None:
-                flags[name] = getattr(job, name)
+        own = {**asdict(job), "who": None, "script": None, "buffer": None}
+        flags |= {name: value for name, value in own.items() if value is not None}
         words = [str(word) for key, x in flags.items() for word in (f"--{key}", x)]
         script = str(HERE.parents[1] / f"{job.script}.py")
         out, memory = run([sys.executable, script, *words])
@@ -187,7 +180,8 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
         rate = line["time/samples_per_second"]
     else:
         spec = asdict(job) | {"model": str(model), "prompts": job.prompts}
-        spec |= {"agents": [str(model)], "task": "vowels"}
+        spec |= {"agents": [str(model)] * job.num_agents, "seed": 1}
+        spec["critics"] = spec["agents"]
         config = {"max_new_tokens": job.max_new_tokens, "top_k": 0, "top_p": 1.0}
         config |= {"num_generations": job.num_generations, "temperature": 1.0}
         spec["config"] = config | {"rollout_buffer_size": job.buffer}
@@ -202,22 +196,25 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
 
 def compare(args: Args, measured: Callable[[Job], dict]) -> str:
     """Our scripts, the reference and the floor, in turn; a table of all in --output."""
-    base = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
-    ours = {"micro_batch_size": args.micro_batch_size}
+
+    def job(who: str, script: str, case: str) -> Job:
+        sizes = {"buffer": args.buffer, "max_new_tokens": args.max_new_tokens}
+        sizes["micro_batch_size"] = None if who == "reference" else 4
+        return Job(who, script, **sizes, **CASES[case])
+
     pairs = list(itertools.product(args.scripts, args.cases))
     for _ in range(args.rounds):
         for script, case in pairs:
-            measured(Job("ours", script, **base, **CASES[case], **ours))
+            measured(job("ours", script, case))
             if "lora" not in case:
-                measured(Job("floor", script, **base, **CASES[case], **ours))
+                measured(job("floor", script, case))
             if case not in OURS_ALONE:
-                measured(Job("reference", script, **base, **CASES[case]))
+                measured(job("reference", script, case))
     lines = [json.loads(line) for line in args.output.read_text().splitlines()]
 
     def results(who: str, script: str, case: str) -> list[dict]:
-        size = {} if who == "reference" else ours
-        wanted = asdict(Job(who, script, **base, **CASES[case], **size))
-        return [line for line in lines[::-1] if wanted.items() <= line.items()]
+        wanted = asdict(job(who, script, case)).items()
+        return [line for line in lines[::-1] if wanted <= line.items()]
 
     rows = []
     for script, case in pairs:
@@ -226,12 +223,11 @@ def compare(args: Args, measured: Callable[[Job], dict]) -> str:
         theirs = results("reference", script, against)
         if not mine:
             continue
-        peak = median(r["memory"] for r in mine)
+        peak, rates = median(r["memory"] for r in mine), [f"{rate(mine):.3f}", "-"]
         memory = f"{peak:.0f}"
         if theirs:
-            other = median(r["memory"] for r in theirs)
+            other, rates[1] = median(r["memory"] for r in theirs), f"{rate(theirs):.3f}"
             memory += f", {other:.0f}, {peak / other:.2f}"
-        rates = [f"{rate(mine):.3f}", f"{rate(theirs):.3f}" if theirs else "-"]
         ratios = [spread(mine, theirs), spread(floor, mine)]
         rows.append([f"{script}.py", case, *rates, *ratios, memory])
     heads = "script | case | joint samples/s | reference, float32 | ratio"
