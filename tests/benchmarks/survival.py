@@ -1,4 +1,4 @@
-"""Runs that are killed, watched for long, saved often, or spread over processes.
+"""Runs that are killed, or spread over processes.
 
     python tests/benchmarks/survival.py                      # all parts, hours
     python tests/benchmarks/survival.py --parts kill --kills 20 --scripts maac
@@ -6,8 +6,6 @@
 kill: the default run is killed (SIGKILL) at random moments, every fourth time within a save,
 resumed until it ends, and compared with a run that nobody disturbed.
 kill_ranks: the same with two processes: torchrun and both are killed at once.
-cost: what saving every 20 updates adds to the default run.
-memory: resident memory after 500 updates and after 20,000.
 ranks: two processes of one thread each: that the default run learns, that the other ends soon
 when one is killed, and, with --model, the time per joint sample against one process of two
 threads.
@@ -19,7 +17,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
@@ -37,10 +34,6 @@ import tyro
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import common
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PAIR = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 
@@ -49,7 +42,7 @@ PAIR = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 class Args:
     """The parts to run and their sizes."""
 
-    parts: tuple[str, ...] = ("kill", "kill_ranks", "cost", "memory", "ranks")
+    parts: tuple[str, ...] = ("kill", "kill_ranks", "ranks")
     """Functions below."""
     scripts: tuple[str, ...] = ("maac", "iac_separate", "iac_shared")
     """Scripts to try."""
@@ -58,7 +51,7 @@ class Args:
     model: str | None = None
     """Folder of SmolLM2, for the time per joint sample in the part ranks."""
     flags: str = ""
-    """Flags for the runs of all parts but memory: --flags='--num-train-epochs 2'."""
+    """Flags for the runs on the tiny model: --flags='--num-train-epochs 2'."""
 
 
 def start(script: str, flags: list, launcher: list | None = None, threads="1", **more):
@@ -175,55 +168,6 @@ def kill(args: Args, script: str, launcher: list[str] | None = None) -> bool:
 
 
 kill_ranks = partial(kill, launcher=PAIR)
-
-
-def cost(args: Args, script: str) -> bool:
-    """Whether checkpoints add at most 5 % to a default run."""
-    spent, save, module = [], common.Run.save_checkpoint, __import__(script)
-
-    def timed(run: common.Run) -> None:
-        begin = time.perf_counter()
-        save(run)
-        spent.append(time.perf_counter() - begin)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        flags = [*args.flags.split(), "--save-interval", "20", "--output-dir", scratch]
-        common.Run.save_checkpoint, begin = timed, time.perf_counter()
-        module.train(common.parse_args(module.Args, flags))
-        common.Run.save_checkpoint, seconds = save, time.perf_counter() - begin
-    share = sum(spent) / (seconds - sum(spent))
-    each = f"{len(spent)} saves, {1000 * statistics.mean(spent):.0f} ms each"
-    print(f"{script}: {each}, {100 * share:.1f} % of {seconds:.0f} s")
-    return share <= 0.05
-
-
-def memory(args: Args, script: str) -> bool:
-    """Whether memory grows by at most 5 % from 500 updates to the end."""
-    sizes: dict[int, float] = {}  # MB, by updates
-    flags = [
-        "--num-train-epochs",
-        "160",
-        "--rollout-buffer-size",
-        "8",
-        "--logging-steps",
-        "8",
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        run, folder = started(script, flags, scratch)
-        while run.poll() is None:
-            time.sleep(0.5)
-            lines = (folder / "metrics.jsonl").read_bytes()
-            status = Path(f"/proc/{run.pid}/status").read_text()
-            if resident := re.search(r"VmRSS:\s+(\d+) kB", status):
-                sizes[lines.count(b"rollout/return")] = int(resident[1]) / 1000
-        finish(run)
-    *measured, _ = sizes.items()  # the end draws curves
-    last, end = measured[-1]
-    first = next(size for updates, size in measured if updates >= 500)
-    growth = 100 * (end / first - 1)
-    text = f"{first:.0f} MB after 500 updates, {end:.0f} after {last}"
-    print(f"{script}: {text}: {growth:+.1f} %")
-    return growth <= 5
 
 
 def learns(script: str, flags: list[str]) -> bool:
