@@ -196,14 +196,11 @@ def test_the_kl_penalty_is_charged_to_the_targets(exercise, episodes, size):
     assert sorted(targets) == pytest.approx(sorted(charged), rel=1e-4)
 
 
-def test_the_kl_penalty_keeps_the_policy_near_its_start(exercise, tmp_path):
-    """The charge is 0 at the start; a large one holds the policy where it was."""
-    module, moved = exercise("kl_penalty"), {}
-    whole, more = module.log_ratios, {"num_train_epochs": 20, "eval_interval": 0}
-    for coefficient in (0.0, 30.0):
-        args, seen = tiny_args(module, tmp_path, kl_coef=coefficient, **more), []
-        module.log_ratios = lambda *x, to=seen: to.append(whole(*x)) or to[-1]
-        module.train(replace(args, advantage_normalization=False), small_task(24))
-        assert seen[0].abs().max() < 1e-5
-        moved[coefficient] = torch.cat(seen[-24:]).square().mean().item()
-    assert moved[30.0] < 0.5 * moved[0.0]  # 0.15 to 0.34 of it for three seeds
+def test_the_kl_penalty_is_to_the_policy_at_the_start(exercise, tmp_path):
+    """Nothing is charged in the first update, and something once the policy has moved."""
+    module, seen = exercise("kl_penalty"), []
+    whole = module.log_ratios
+    module.log_ratios = lambda *given: seen.append(whole(*given)) or seen[-1]
+    metrics(module, tmp_path / "runs")
+    assert len(seen) == 6  # three updates, two agents
+    assert [x.abs().max().item() < 1e-5 for x in seen] == [True] * 2 + [False] * 4
