@@ -23,7 +23,6 @@ import tempfile
 import time
 import venv
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -194,7 +193,7 @@ def measure(job: Job, model: Path, python: str, folder: Path) -> dict:
     return asdict(job) | {"samples_per_second": rate, "memory": memory}
 
 
-def compare(args: Args, measured: Callable[[Job], dict]) -> str:
+def compare(args: Args) -> str:
     """Our scripts, the reference and the floor, in turn; a table of all in --output."""
 
     def job(who: str, script: str, case: str) -> Job:
@@ -202,14 +201,21 @@ def compare(args: Args, measured: Callable[[Job], dict]) -> str:
         sizes["micro_batch_size"] = None if who == "reference" else 4
         return Job(who, script, **sizes, **CASES[case])
 
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     pairs = list(itertools.product(args.scripts, args.cases))
-    for _ in range(args.rounds):
-        for script, case in pairs:
-            measured(job("ours", script, case))
-            if "lora" not in case:
-                measured(job("floor", script, case))
-            if case not in OURS_ALONE:
-                measured(job("reference", script, case))
+    for _, (script, case) in itertools.product(range(args.rounds), pairs):
+        whose = {"ours": sys.executable}
+        if "lora" not in case:
+            whose["floor"] = sys.executable
+        if case not in OURS_ALONE:
+            whose["reference"] = str(install_reference(args.environment))
+        for who, python in whose.items():
+            with tempfile.TemporaryDirectory() as folder:
+                model = endless(args.model, Path(folder))
+                result = measure(job(who, script, case), model, python, Path(folder))
+            print(json.dumps(result), flush=True)
+            with open(args.output, "a") as file:
+                file.write(json.dumps(result) + "\n")
     lines = [json.loads(line) for line in args.output.read_text().splitlines()]
 
     def results(who: str, script: str, case: str) -> list[dict]:
@@ -252,7 +258,7 @@ def spread(upper: list[dict], lower: list[dict]) -> str:
     return "{} ({} to {})".format(*found) if found else "-"
 
 
-def default(args: Args, _: object) -> str:
+def default(args: Args) -> str:
     """Where the time of the default run goes."""
     rows = []
     for script in args.scripts:
@@ -299,24 +305,8 @@ def take_times(script: str) -> None:
 
 def main(args: Args) -> None:
     """Run the parts that were asked for and print their tables."""
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        against = "compare" in args.parts and not set(args.cases) <= OURS_ALONE
-        python = install_reference(args.environment) if against else None
-        if "compare" in args.parts:
-            model = endless(args.model, Path(folder))
-
-        def measured(job: Job) -> dict:
-            with tempfile.TemporaryDirectory(dir=folder) as runs:
-                interpreter = str(python) if job.who == "reference" else sys.executable
-                result = measure(job, model, interpreter, Path(runs))
-            print(json.dumps(result), flush=True)
-            with open(args.output, "a") as file:
-                file.write(json.dumps(result) + "\n")
-            return result
-
-        makers = {"compare": compare, "default": default}
-        tables = [makers[part](args, measured) for part in args.parts]
+    makers = {"compare": compare, "default": default}
+    tables = [makers[part](args) for part in args.parts]
     print("", *tables, sep="\n\n")
 
 
