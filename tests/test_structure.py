@@ -1,4 +1,4 @@
-"""The shape of the project: sizes, what the scripts share to the byte, that every flag is read."""
+"""The shape of the project: sizes, imports, that every flag is read."""
 
 import ast
 import importlib
@@ -15,12 +15,8 @@ from conftest import ROOT, SCRIPTS
 SCRIPT_LINES, COMMON_LINES = 497, 1058
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
-PAIRS = list(itertools.combinations(SCRIPTS, 2))
 IMPORTED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
 WHERE_USED = {"wandb", "tensorboard", "matplotlib", "datasets", "peft"}
-SHARED = """pad_batch distinct value_head warp draw_tokens generate act play collect
-critic_values estimate_values td_targets advantages minibatches step evaluate"""
-BOTH_WITH_CRITIC_MODELS = "sequence_logprobs update_critic update_actor"
 
 
 def functions(tree):
@@ -53,33 +49,6 @@ def test_common_is_short():
     assert longest(functions(TREES["common"])) <= 40
     body = TREES["common"].body
     assert longest(node for node in body if isinstance(node, ast.ClassDef)) <= 200
-
-
-# What is shared
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_shared_blocks_are_the_same_to_the_byte(pair):
-    """And no others are the same in code: none begins to differ unseen."""
-    blocks = SHARED if "iac_shared" in pair else f"{SHARED} {BOTH_WITH_CRITIC_MODELS}"
-    one, other = ({f.name: f for f in functions(TREES[name])} for name in pair)
-    both = one.keys() & other.keys()
-    same = {name for name in both if ast.unparse(one[name]) == ast.unparse(other[name])}
-    assert same == set(blocks.split())
-    for name in same:
-        left = ast.get_source_segment(FILES[pair[0]], one[name])
-        assert left == ast.get_source_segment(FILES[pair[1]], other[name]), name
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_blocks_and_banners_stand_in_the_same_order(pair):
-    orders = [[f.name for f in functions(TREES[name])] for name in pair]
-    both = set(orders[0]) & set(orders[1])
-    assert len(both) >= len(SHARED.split())
-    orders = [[name for name in order if name in both] for order in orders]
-    assert orders[0] == orders[1]
-    banners = [re.findall(r"^# -+ (.+)$", FILES[name], re.MULTILINE) for name in pair]
-    assert banners[0] == banners[1] and len(banners[0]) == 8
 
 
 # Imports and flags
