@@ -3,10 +3,9 @@
     python tests/benchmarks/learning.py --processes 2            # the two figures of README
     python tests/benchmarks/learning.py --tasks two_agents --scripts maac --seeds 1 2
 
-The runs are kept in OUTPUT/runs.jsonl, a line each, and one that stands there is not repeated.
-From all lines come OUTPUT/learning.md (a table: mean and standard deviation over the seeds) and
-OUTPUT/<task>.png (curves, smoothed over five points: mean over the seeds, and the band of one
-standard deviation).
+Runs are kept in OUTPUT/runs.jsonl, and one that stands there is not repeated. From all of them
+come OUTPUT/learning.md (mean and standard deviation over the seeds) and OUTPUT/<task>.png (the
+same of curves, smoothed over five points).
 
 Reward is the mean in the last tenth of training. Quarters of training are shown where every
 episode is in samples.jsonl, as with a real model. The samples to the threshold are the episodes
