@@ -264,15 +264,13 @@ def default(args: Args) -> str:
     for script in args.scripts:
         path = f"import sys; sys.path.insert(0, {str(HERE)!r}); import speed"
         out, _ = run([sys.executable, "-c", f"{path}; speed.take_times({script!r})"])
-        rate, *shares = json.loads(out.splitlines()[-1])
-        shares = [f"{100 * share:.0f} %" for share in shares]
-        rows.append([f"{script}.py", f"{rate:.0f}", *shares])
+        rows.append(json.loads(out.splitlines()[-1]))
     return table(f"script | joint samples/s | {' | '.join(PHASES)} | rest", rows)
 
 
 def take_times(script: str) -> None:
-    """Train with the default flags. Prints the samples per second, and the shares of PHASES and
-    of the rest (prompts, rewards, targets, logs) in the time of rollouts, updates and logs."""
+    """Train with the default flags. Prints a row: the samples per second, and the shares of
+    PHASES and of the rest (prompts, rewards, targets, logs) in the time of all of these."""
     sys.path.insert(0, str(HERE.parents[1]))
     import common
 
@@ -298,9 +296,10 @@ def take_times(script: str) -> None:
         task = replace(common.load_task(args, None), eval_dataset=None)
         module.train(args, task)
     whole = seconds["collect"] + seconds["update"] + seconds["log_update"]
-    shares = [sum(seconds[x] for x in names) / whole for names in PHASES.values()]
     samples = args.num_train_epochs * len(task.train_dataset)
-    print(json.dumps([samples / whole, *shares, 1 - sum(shares)]))
+    shares = [sum(seconds[x] for x in names) / whole for names in PHASES.values()]
+    cells = [f"{100 * share:.0f} %" for share in (*shares, 1 - sum(shares))]
+    print(json.dumps([f"{script}.py", f"{samples / whole:.0f}", *cells]))
 
 
 def main(args: Args) -> None:
