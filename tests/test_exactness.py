@@ -9,11 +9,7 @@ import itertools
 import pytest
 import torch
 from conftest import assert_same_gradients, micro_learner, sample, update_actor
-from transformers import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 VOCABULARY, END = 5, 1
 FIRST = [token for token in range(VOCABULARY) if token != END]
@@ -47,17 +43,13 @@ def probability(actor, prompt, completion, args):
 
 
 def assert_gradient(actor, expected):
-    """The recorded gradient of the language model is minus that of `expected`. The model is
-    float64; scores, weights and log-probabilities are float32, some five roundings of 6e-8 each,
-    in terms up to ten times the gradient that cancel (the baseline): 3e-6 of its norm. One wrong
-    sample of 882 would be above 1e-3."""
+    """The recorded gradient of the language model is minus that of `expected`. Scores, weights and
+    log-probabilities are float32, some five roundings of 6e-8, in terms up to ten times as large
+    that cancel (the baseline): 3e-6 of its norm. One wrong sample of 882 would be above 1e-3."""
     parameters = list(actor.model.parameters())
-    exact = torch.autograd.grad(expected, parameters)
-    ours = actor.optimizer.gradients[-1][: len(parameters)]
-    pairs = list(zip(ours, exact, strict=True))
-    difference = torch.stack([(a + b).norm() for a, b in pairs]).norm()
-    norm = torch.stack([b.norm() for b in exact]).norm()
-    assert norm > 1e-2 and difference < 3e-5 * norm
+    exact = torch.autograd.grad(-expected, parameters)
+    assert torch.cat([g.flatten() for g in exact]).norm() > 1e-2
+    assert_same_gradients(exact, actor.optimizer.gradients[-1][: len(parameters)])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -72,8 +64,7 @@ def test_expected_gradient_of_one_turn(script, critic_type, sampling):
     for actor in actors:
         rows = [[probability(actor, h, a, args) for a in COMPLETIONS] for h in PROMPTS]
         tables.append(torch.stack([torch.stack(row) for row in rows]))
-        ones = torch.ones(len(PROMPTS), dtype=torch.float64)
-        torch.testing.assert_close(tables[-1].sum(1), ones)
+        torch.testing.assert_close(tables[-1].sum(1), torch.ones(2).double())
     expected = torch.einsum("ha,hb,hab->", *tables, rewards) / len(PROMPTS)
 
     samples, values, shares = [], [], []
@@ -142,24 +133,22 @@ def test_01_tokens_are_drawn_by_the_cumulative_distribution(script):
 
 
 def test_28_a_critic_reads_each_text_once(script):
-    """And gives the values and the gradient that reading each text by itself gives."""
-    args, critic = script.Args(max_grad_norm=0.0), micro_learner(script, head=True)
-    args.value_loss_coef = 1.0
+    """And gives the values and, in an update, the gradient that reading each by itself gives."""
+    args = script.Args(max_grad_norm=0.0, value_loss_coef=0.6)
+    critic = micro_learner(script, head=True)
     texts = [[2, 3, 4], [4], [2, 3, 4], [2, 3, 4], [4], [3, 2]]  # three distinct ones
     targets = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0])
     values = torch.cat([script.critic_values(critic, [text], args) for text in texts])
-    (targets - values).square().mean().backward()
+    (0.6 * (targets - values).square().mean()).backward()  # (5)
     alone = [parameter.grad for parameter in critic.parameters()]
     critic.zero_grad()
     rows, table = [], critic.model.get_input_embeddings()
     table.register_forward_hook(lambda m, i, o: rows.append(len(o)))
-    again = script.critic_values(critic, texts, args)
-    torch.testing.assert_close(again, values, atol=3e-5, rtol=0)  # see test_batching.py
-    (targets - again).square().mean().backward()
+    again = script.estimate_values(critic, texts, args)
+    # 33 roundings of a value: see test_batching.py
+    torch.testing.assert_close(again, values.detach(), atol=3e-5, rtol=0)
     assert rows == [3]
-    assert_same_gradients(alone, [parameter.grad for parameter in critic.parameters()])
     if script.__name__ != "iac_shared":
-        critic.zero_grad()
         script.update_critic(critic, texts, targets, args)
         assert rows == [3, 3]
         assert_same_gradients(alone, critic.optimizer.gradients[0])

@@ -1,18 +1,11 @@
-"""Targets, advantages, losses and steps, against values worked out by hand."""
+"""Advantages, losses and steps, against values worked out by hand."""
 
-import importlib
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import (
-    assert_same_gradients,
-    logprobs_of,
-    micro_learner,
-    sample,
-    update_actor,
-)
+from conftest import assert_same_gradients, micro_learner, sample, update_actor
 from transformers import AutoModelForCausalLM, masking_utils
 
 import common
@@ -24,20 +17,6 @@ SAMPLES = [sample([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 3.0])
 # Losses are sums of four float32 terms of a few roundings each, 6e-8 of at most 30: below 1e-5
 ATOL = 3e-5
-
-
-def norm_of(gradients):
-    """The norm of all gradients together."""
-    return torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
-
-
-def test_td_targets_by_hand(script):
-    """Two episodes: three turns with rewards 1, 2, 3, then one turn with reward 4."""
-    ends = [(1.0, False), (2.0, False), (3.0, True), (4.0, True)]
-    samples = [sample([[2]], [[3]], reward, done=done) for reward, done in ends]
-    values = torch.tensor([10.0, 20.0, 30.0, 40.0])
-    targets = script.td_targets(samples, values, script.Args(discount=0.5))
-    assert targets.tolist() == [1 + 0.5 * 20, 2 + 0.5 * 30, 3.0, 4.0]
 
 
 def test_08_advantages_by_hand(script):
@@ -53,54 +32,28 @@ def test_08_advantages_by_hand(script):
     torch.testing.assert_close(white, expected)
 
 
-def test_policy_loss_is_that_of_the_equation(script):
-    args = script.Args(temperature=0.9, entropy_coef=0.0)
+def test_the_entropy_and_its_gradient_by_hand(script):
+    """H(p) is a mean over tokens, however long the completions. With respect to a logit z_k its
+    gradient is -p_k (log p_k + H); cut tokens have none."""
     actor = micro_learner(script)
-    logprobs = logprobs_of(script, actor, PROMPTS, COMPLETIONS, args)
-    losses = update_actor(script, actor, SAMPLES, 0, WEIGHTS, args)
-    expected = -(logprobs * WEIGHTS).mean().item()
-    found = losses[f"losses/policy_loss/{actor.name}"]
-    assert found == pytest.approx(expected, abs=ATOL)
-
-
-@pytest.mark.parametrize("top_k, expected", [(None, math.log(5)), (2, 0.0)])
-def test_entropy_is_the_mean_over_tokens(script, top_k, expected):
-    """Five tokens of equal logits: log 5 nats each, however long the completions. With two
-    tokens whose logits are 100 apart, the others cut: none."""
-    actor = micro_learner(script)
-    with torch.no_grad():
-        actor.model.lm_head.weight.zero_()
-    if top_k is not None:
-        bias = torch.tensor([0.0, -1.0, -1.0, -1.0, 100.0])
-        actor.model.lm_head.register_forward_hook(lambda m, i, o: o + bias)
-    args = script.Args(top_k=top_k)
-    losses = update_actor(script, actor, SAMPLES, 0, torch.zeros(4), args)
-    found = losses[f"losses/entropy/{actor.name}"]
-    assert found == pytest.approx(expected, abs=ATOL)
-
-
-def test_the_entropys_gradient_by_hand(script):
-    """Of H(p) with respect to a logit z_k it is -p_k (log p_k + H); cut tokens have none."""
-    actor = micro_learner(script, vocabulary=5)
     logits = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0], requires_grad=True)
     actor.model.lm_head.register_forward_hook(lambda m, i, o: 0 * o + logits)
     args = script.Args(top_k=3, entropy_coef=0.7)
-    samples = [sample([[2, 3]], [[0, 1]])]
-    update_actor(script, actor, samples, 0, torch.zeros(1), args)
+    samples = [sample([[2, 3]], [[0, 1]]), sample([[4]], [[2]])]
+    losses = update_actor(script, actor, samples, 0, torch.zeros(2), args)
     p = logits.detach()[:3].softmax(0)
     entropy = -(p * p.log()).sum()
+    found = losses[f"losses/entropy/{actor.name}"]
+    assert found == pytest.approx(entropy.item(), abs=ATOL)
     expected = torch.cat([-p * (p.log() + entropy), torch.zeros(2)])
     torch.testing.assert_close(logits.grad, -0.7 * expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["maac", "iac_separate"])
-def test_critic_loss_and_its_micro_batches(name):
-    script = importlib.import_module(name)
+@pytest.mark.parametrize("script", ["maac", "iac_separate"], indirect=True)
+def test_critic_loss_and_its_micro_batches(script):
     gradients = []
     for size in (None, 3):
-        args = script.Args(
-            micro_batch_size=size, max_grad_norm=0.0, value_loss_coef=0.6
-        )
+        args = script.Args(micro_batch_size=size, max_grad_norm=0.0)
         critic = micro_learner(script, head=True)
         values = script.estimate_values(critic, PROMPTS, args)
         losses = script.update_critic(critic, PROMPTS, WEIGHTS, args)
@@ -108,9 +61,6 @@ def test_critic_loss_and_its_micro_batches(name):
         found = losses[f"losses/value_loss/{critic.name}"]
         assert found == pytest.approx(expected, rel=1e-5)
         gradients.append(critic.optimizer.gradients[0])
-    bias = gradients[0][-1]  # d/db of 0.6 · mean (y − V)²
-    expected = 0.6 * -2 * (WEIGHTS - values).mean()[None]
-    torch.testing.assert_close(bias, expected, atol=ATOL, rtol=0)
     assert_same_gradients(*gradients)
 
 
@@ -123,40 +73,31 @@ def test_value_clipping_by_hand(reach, first):
     errors = iac_shared.value_errors(values, old, torch.ones(3), args)
     torch.testing.assert_close(errors, torch.tensor([first, 0.81, 4.0]))
     values = torch.tensor([0.5, -1.0], requires_grad=True)
-    iac_shared.value_errors(
-        values, values.detach(), torch.ones(2), args
-    ).sum().backward()
+    errors = iac_shared.value_errors(values, values.detach(), torch.ones(2), args)
+    errors.sum().backward()
     torch.testing.assert_close(values.grad, torch.tensor([-1.0, -4.0]))
 
 
-def test_gradient_clipping(script):
+def test_gradients_are_clipped_or_refused(script):
     norms, told = [], []
     for limit in (0.0, 1e-3):
         args = script.Args(max_grad_norm=limit)
         actor = micro_learner(script)
         losses = update_actor(script, actor, SAMPLES, 0, torch.ones(4), args)
-        norms.append(norm_of(actor.optimizer.gradients[0]))
+        gradients = [g for g in actor.optimizer.gradients[0] if g is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
         told.append(losses[f"losses/actor_grad_norm/{actor.name}"])
     assert told[0] == told[1] == pytest.approx(norms[0], rel=1e-4) and norms[0] > 0.01
     assert norms[1] == pytest.approx(1e-3, rel=2e-3)  # torch adds 1e-6 to the norm
-
-
-def test_a_gradient_that_is_not_finite_moves_nothing(script):
-    actor = micro_learner(script)
-    weights = torch.tensor([1.0, math.nan, 1.0, 1.0])
     with pytest.raises(common.InputError, match="agent_0: the gradient is not finite"):
-        update_actor(script, actor, SAMPLES, 0, weights, script.Args())
-    assert actor.optimizer.gradients == []
+        update_actor(script, actor, SAMPLES, 0, WEIGHTS * math.nan, args)
+    assert len(actor.optimizer.gradients) == 1  # no second step
 
 
-WARPED = [
-    ({}, [0.4, 0.3, 0.2, 0.1]),
-    ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+WARPED = [  # test_exactness.py has the library's warpers beside the usual settings
     ({"top_p": 0.39}, [1, 0, 0, 0]),
-    ({"top_p": 0.65}, [4 / 7, 3 / 7, 0, 0]),
     ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0]),
-    ({"top_k": 3, "top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
-    ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+    ({"top_k": 3, "top_p": 0.42}, [1, 0, 0, 0]),  # of what top_k leaves: 4 / 9
     ({"top_k": 99}, [0.4, 0.3, 0.2, 0.1]),
 ]
 
@@ -171,10 +112,7 @@ def test_warp_cuts_by_hand(script, flags, expected):
     assert torch.equal(given, logits)  # a caller's tensor is its own
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"top_k": 5, "top_p": 0.9}, {"critic_type": "q"}], ids=str
-)
-def test_tensors_meet_on_one_device(script, flags, monkeypatch):
+def test_tensors_meet_on_one_device(script, monkeypatch):
     """As on a GPU: the model lies on torch's device `meta`, which has shapes and no numbers, and
     on which a tensor that was left on the CPU raises. What asks for a number is taken out."""
     monkeypatch.setattr(common, "autocast", lambda *_: nullcontext())
@@ -186,7 +124,8 @@ def test_tensors_meet_on_one_device(script, flags, monkeypatch):
     learner = common.Learner("agent_0", "tiny", model, common.tiny_tokenizer())
     learner.value_head = script.value_head(learner, 8)
     samples = [sample([[5, 6]], [[8, 9, 1]]), sample([[7]], [[10]])]
-    args = script.Args(max_new_tokens=3, micro_batch_size=1, **flags)
+    cuts = {"top_k": 5, "top_p": 0.9, "critic_type": "q"}
+    args = script.Args(max_new_tokens=3, micro_batch_size=1, **cuts)
     columns = [torch.ones(2)] * (3 if script.__name__ == "iac_shared" else 1)
     script.update_actor(learner, samples, 0, *columns, args)
     if script.__name__ != "iac_shared":
