@@ -63,7 +63,7 @@ ARGS = iac_separate.Args(max_new_tokens=5)
 CLOSE = 2e-4
 
 
-def build(auto_class, family):
+def build(auto_class, family, **more):
     """A learner with a tiny model of a family, random and sharp, as if it had been loaded."""
     sizes = {}
     for name, value in vars(CONFIG_MAPPING[family]()).items():
@@ -73,7 +73,7 @@ def build(auto_class, family):
     if "kv_lora_rank" in sizes:  # one latent key and value for all heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**sizes | SPECIAL.get(family, {}))
+    config = CONFIG_MAPPING[family](**sizes | SPECIAL.get(family, {}) | more)
     model = auto_class.from_config(config).eval()
     for part in model.modules():  # a trained model embeds its padding too
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
