@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import tiny_args
 from tasks import length_ratio
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_pitfalls import load
+from transformers import AutoModelForCausalLM
 
 import common
-import maac
 
 REAL = {
     "save_interval": 0,  # a checkpoint is gigabytes
@@ -22,13 +22,6 @@ REAL = {
     "entropy_coef": 0.0,
     "eval_num_samples": 2,
 }
-
-
-def load(script, folder, args):
-    """An actor of the real model, with a value head, which iac_shared.py's has."""
-    (actor,) = common.load_learners("agent", AutoModelForCausalLM, [folder], 1, args)
-    actor.value_head = script.value_head(actor, None)
-    return actor
 
 
 def chats(actor, *topics):
@@ -44,11 +37,8 @@ def test_training_moves_a_real_model(script, smollm2, tmp_path):
     critics = {} if script.__name__ == "iac_shared" else {"critic_model": "tiny"}
     args = tiny_args(script, tmp_path, agent_model=smollm2, **{**REAL, **critics})
     task = length_ratio.make_task(args)
-    few = {
-        "train_dataset": task.train_dataset[:8],
-        "eval_dataset": task.eval_dataset[:2],
-    }
-    folder = script.train(args, replace(task, **few))
+    task.train_dataset = task.train_dataset[:8]
+    folder = script.train(args, task)
     before = AutoModelForCausalLM.from_pretrained(smollm2)
     after = AutoModelForCausalLM.from_pretrained(folder / "agent_0")
     pairs = list(zip(before.parameters(), after.parameters(), strict=True))
@@ -65,21 +55,15 @@ def test_log_probabilities_are_those_of_generate(script, smollm2):
     2^-20 and what 30 layers add: far below 1e-3."""
     sampling = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
     args = script.Args(**sampling, device="cpu")
-    actor = load(script, smollm2, args)
-    prompt, long = chats(
-        actor, "a lost dog", "a very long night in a far away land " * 3
-    )
+    actor = load(smollm2, args)
+    assert actor.tokenizer.convert_tokens_to_ids("<|im_end|>") in actor.end_ids
+    prompt, long = chats(actor, "a lost dog", "a night in a far away land " * 4)
     text = actor.tokenizer.decode(prompt)
     assert text.endswith("dog.<|im_end|>\n<|im_start|>assistant\n")
-    options = {
-        "do_sample": True,
-        "output_scores": True,
-        "return_dict_in_generate": True,
-    }
+    options = {**sampling, "do_sample": True, "max_new_tokens": 12}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
     torch.manual_seed(0)
-    output = actor.model.generate(
-        torch.tensor([prompt]), max_new_tokens=12, **options, **sampling
-    )
+    output = actor.model.generate(torch.tensor([prompt]), **options)
     completion = output.sequences[0, len(prompt) :].tolist()
     steps = zip(output.scores, completion, strict=True)
     theirs = sum(scores[0].log_softmax(-1)[token].item() for scores, token in steps)
@@ -91,15 +75,11 @@ def test_log_probabilities_are_those_of_generate(script, smollm2):
 
 @torch.no_grad()
 def test_bfloat16_keeps_log_probabilities(script, smollm2):
-    """Those of sampled completions under autocast against float32's.
-
-    bfloat16 has 8 bits: a logit between 16 and 32 is rounded to a multiple of 1/8, so by 1/16 at
-    most; the layers below round as coarsely. Where the errors of a token's logit and of its
-    normalizer add up they make 1/8 nat. They have either sign: over a completion of 32 tokens
-    they come to some tenths of a nat, of the 32/8 that are allowed here.
-    """
+    """Those of sampled completions under autocast against float32's. It has 8 bits: a logit from
+    16 to 32 is off by 1/16 at most, the layers below round as coarsely, and a token's logit and
+    normalizer make 1/8 nat together. As they have either sign, 32 tokens are off by tenths."""
     args = script.Args(device="cpu", max_new_tokens=32, entropy_coef=0.0)
-    actor = load(script, smollm2, args)
+    actor = load(smollm2, args)
     prompts = chats(actor, "a lost dog", "the first snow", "a paper boat")
     generator = torch.Generator().manual_seed(0)
     completions = script.generate(actor, prompts, generator, args)
@@ -110,11 +90,3 @@ def test_bfloat16_keeps_log_probabilities(script, smollm2):
             typed = replace(args, dtype=dtype)
             found += script.sequence_logprobs(actor, *texts, typed)[0].tolist()
         assert 0 < abs(found[0] - found[1]) < len(completion) / 8
-    scores = script.warp(actor, torch.zeros(1, 50_000, dtype=torch.bfloat16), args)
-    assert scores.dtype == torch.float32
-
-
-def test_the_chat_models_end_tokens(smollm2):
-    actor = load(maac, smollm2, maac.Args(device="cpu"))
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in actor.end_ids
