@@ -10,12 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tiny_args
 from tasks import code
 
 import common
 
-PATH = str(ROOT / "tests" / "tasks" / "code.py")
 TASK = code.make_task(SimpleNamespace(num_agents=2))
 ASSERTS = "".join(f"    assert candidate({n}) == {n}\n" for n in range(5))
 ITEM = {"prompt": "", "entry_point": "f", "test": f"def check(candidate):\n{ASSERTS}"}
@@ -157,17 +155,13 @@ SANITIZED["test_list"] = MBPP["test_list"]
     (HUMANEVAL, "return n - 1", "return n - 1 if n < 5 else -1"),  # right at first
     (MBPP, "return n + 1", "return 2"), (SANITIZED, "return n + 1", "return 2"),
 ])  # fmt: skip
-def test_published_problems_and_what_is_told(item, right, half, tmp_path):
-    file = tmp_path / "problems.jsonl"
-    file.write_text(f"{json.dumps(item)}\n" * 2)
-    flags = {"num_agents": 2, "num_turns": 2, "task": PATH, "train_file": str(file)}
-    task = common.load_task(SimpleNamespace(**flags), None)
-    (item,), name = task.train_dataset, "decode" if item is HUMANEVAL else "plus"
-    turn = common.Sample(item, 0, 0, [task.format(item, agent) for agent in (0, 1)])
+def test_published_problems_and_what_is_told(item, right, half):
+    name = "decode" if item is HUMANEVAL else "plus"
+    turn = common.Sample(item, 0, 0, [TASK.format(item, agent) for agent in (0, 1)])
     for body, share in ((right, 1), (half, 1 / 2)):
         turn.completions = [AUX, f"def {name}(n): {body}"]
-        assert task.pay([turn]) == [1.5 + share - 4]
-    for agent, (told,) in enumerate(task.transition(turn, False)):
+        assert TASK.pay([turn]) == [1.5 + share - 4]
+    for agent, (told,) in enumerate(TASK.transition(turn, False)):
         text, begun = told["content"], turn.prompts[agent][0]["content"]
         begun, _, request = begun.rpartition("\n\n")
         begun, _, example = begun.partition("\nExample: ")
@@ -179,21 +173,7 @@ def test_published_problems_and_what_is_told(item, right, half, tmp_path):
         assert turn.completions[1 - agent] not in text
 
 
-def test_a_run_of_two_turns(tmp_path, script):
-    file = tmp_path / "problems.jsonl"
-    file.write_text(f"{json.dumps(ITEM)}\n" * 4)
-    flags = {"task": PATH, "train_file": str(file), "num_turns": 2, "log_samples": 12}
-    args = tiny_args(script, tmp_path, num_generations=2, max_new_tokens=8, **flags)
-    lines = (script.train(args) / "samples.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
-    assert {s["reward"] for s in samples} == {-4}  # 8 characters are no function
-    told = ["not reached: aux is defined" in str(s["prompts"][1]) for s in samples]
-    assert told == [s["turn"] == 1 for s in samples] and any(told)
-
-
 def test_what_cannot_be_judged_is_refused():
-    with pytest.raises(common.InputError, match="num_agents must be 2"):
-        code.make_task(SimpleNamespace(num_agents=3))
     with pytest.raises(common.InputError, match="the test of f has no assert"):
         code.judge({**ITEM, "test": "def check(f): 1"}, (AUX, f("return n")))
     with pytest.raises(common.InputError, match="calls no function of its code"):

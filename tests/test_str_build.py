@@ -1,15 +1,12 @@
 """The task str_build: its grid, its commands, its reward by hand, and what agents are told."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tiny_args
 from tasks import str_build
 
 import common
 
-PATH = str(ROOT / "tests" / "tasks" / "str_build.py")
 TASK = str_build.make_task(SimpleNamespace(num_agents=2))
 BLOCKS = {block[0].upper(): block for block in ("stone", "oak_planks", "air")}
 BLOCKS |= {"W": "white_concrete", "B": "obsidian"}
@@ -55,6 +52,8 @@ def test_letters_have_5_by_5_blocks_with_two_empty_columns_between():
     train = {item["string"] for item in TASK.train_dataset}
     assert len(train) == 8 and {len(word) for word in train} == {1, 2, 3, 4, 5, 6}
     assert not train & {item["string"] for item in TASK.eval_dataset}
+    with pytest.raises(common.InputError, match="letters A to Z, got 'ME2'"):
+        str_build.draw("ME2")
 
 
 def test_commands_are_read_and_other_lines_ignored():
@@ -100,25 +99,3 @@ def test_the_overlap_is_that_of_last_turns():
     first = common.Sample(item, 0, 0, [], completions=["", ""])
     last = common.Sample(item, 0, 1, [], completions=texts, done=True)
     assert TASK.metrics_callback([first, last]) == {"iou": 2 / 10}
-
-
-def test_words_of_a_train_file_in_a_run_of_two_turns(tmp_path, script):
-    words = tmp_path / "words.jsonl"
-    words.write_text('{"string": "Li"}\n' * 4)
-    args = tiny_args(
-        script, tmp_path, task=PATH, train_file=str(words), num_turns=2, max_new_tokens=8,
-        model_config='{"max_position_embeddings": 2048}', log_samples=8,
-    )  # fmt: skip
-    lines = (script.train(args) / "samples.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
-    assert {s["reward"] for s in samples} == {-0.5 - 2}  # no command has 8 characters
-    after = [s["prompts"][1][0]["content"] for s in samples if s["turn"] == 1]
-    assert len(after) == len(samples) / 2
-    assert all('"Li"' in text and "commands:\nnone\nStill" in text for text in after)
-
-
-def test_what_cannot_be_built_is_refused(tmp_path):
-    with pytest.raises(common.InputError, match="letters A to Z, got 'ME2'"):
-        TASK.format({"string": "ME2"}, 0)
-    with pytest.raises(common.InputError, match="num_agents must be 2"):
-        str_build.make_task(SimpleNamespace(num_agents=3))

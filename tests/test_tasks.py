@@ -1,6 +1,7 @@
 """The built-in tasks, task files, and the calls of a user's functions."""
 
 import functools
+import json
 import random
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -8,8 +9,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, tiny_args
 from tasks import hidden_cards, length_ratio
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers
 from transformers import AutoModel
 
 import common
@@ -18,9 +20,12 @@ from common import InputError, Sample, Task
 TWO = SimpleNamespace(num_agents=2, num_turns=1, train_file=None)
 ITEM = {"prompt": "x"}
 FIRST = Sample(ITEM, 0, 0, [])
+COLUMNS = {"completions": ["a", "bcd"], "completion_ids": [[3], [4]]}
+SAMPLES = [Sample(ITEM, k, 0, ["p", "q"], **COLUMNS) for k in (0, 1)]
+ONE, ZERO = torch.tensor([1.0, 0.0])
 
 
-def test_sum_to_target_rewards_by_hand():
+def test_sum_to_target_by_hand():
     item, task = {"prompt": "target 7\n", "target": 7}, common.sum_to_target(TWO)
     first = ["3", "3", " 9\n", "x", "", "-1", "7"]
     second = ["4", "5", "9", "7", "", "8", "x"]
@@ -30,6 +35,8 @@ def test_sum_to_target_rewards_by_hand():
     several = common.sum_to_target(SimpleNamespace(num_turns=2))
     costly = several.reward_func(first, second, batch_items=[item])
     assert costly == pytest.approx([reward - 1 for reward in rewards])
+    texts = task.external_transition("target 7\n", ["3", "x"])
+    assert texts == ["target 7\nyours 3, sum 3\n", "target 7\nyours None, sum 3\n"]
 
 
 def test_sum_to_target_without_reading_the_target():
@@ -38,12 +45,6 @@ def test_sum_to_target_without_reading_the_target():
     items = [{"target": n} for n in range(10)]
     paid = [reward(texts, ["0"] * 30, batch_items=[item]) for item in items]
     assert np.mean(paid, axis=0).max() == pytest.approx(0.3733, abs=1e-3)
-
-
-def test_sum_to_target_tells_each_agent_its_own_number_and_the_sum():
-    tell = common.sum_to_target(TWO).external_transition
-    texts = tell(prompt="target 7\n", agent_completions=["3", "x"])
-    assert texts == ["target 7\nyours 3, sum 3\n", "target 7\nyours None, sum 3\n"]
 
 
 def test_length_ratio_rewards_by_hand():
@@ -88,38 +89,49 @@ def test_the_luck_of_hidden_cards_has_the_predicted_variance():
     assert np.var(luck) == pytest.approx(3 * 8.25 / 9, rel=0.16)
 
 
-@pytest.mark.parametrize(
-    "reward, expected",
-    [
-        (lambda a, b: [float(len(b[0]) - len(a[0])), 7], [2.0, 7.0]),  # as for CoMLRL
-        (lambda *texts: (1, True), [1.0, 1.0]),
-        (lambda *texts: np.array([1, 2], dtype=np.float16), [1.0, 2.0]),
-        (lambda *texts: torch.tensor([1, 2]), [1.0, 2.0]),
-        (lambda *texts, prompts: [float(prompts == [["p"] * 2, ["q"] * 2])] * 2, [1.0] * 2),
-        (lambda *texts, completion_ids: [float(completion_ids[1][0][0]), 0], [4.0, 0.0]),
-        (lambda *texts, **more: [len(more), len(more["batch_items"])], [3.0, 1.0]),
-        (lambda *texts, batch_items: [float(batch_items == [ITEM])] * 2, [1.0] * 2),
-        (functools.partial(lambda worth, *texts: [worth] * 2, 0.5), [0.5, 0.5]),
-    ],
-)  # fmt: skip
+TOLD = {  # a task: an item, what 8 characters of noise are paid, what the next prompts say of it
+    "code": ({"prompt": "", "entry_point": "f", "test": "def check(f): assert f(1)"}, -4, "not reached: aux is defined"),
+    "str_build": ({"string": "Li"}, -0.5 - 2, "commands:\nnone\nStill missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_run_of_two_turns(name, script, tmp_path):
+    item, paid, told = TOLD[name]
+    (tmp_path / "items.jsonl").write_text(f"{json.dumps(item)}\n" * 4)
+    flags = {"task": str(ROOT / f"tests/tasks/{name}.py"), "num_turns": 2}
+    flags |= {"train_file": str(tmp_path / "items.jsonl"), "num_generations": 2}
+    flags |= {"model_config": '{"max_position_embeddings": 2048}', "log_samples": 12}
+    folder = script.train(tiny_args(script, tmp_path, max_new_tokens=8, **flags))
+    samples = list(map(json.loads, (folder / "samples.jsonl").open()))
+    assert {s["reward"] for s in samples} == {paid}
+    found = [told in str(s["prompts"][1][0]["content"]) for s in samples]
+    assert found == [s["turn"] == 1 for s in samples] and any(found)
+
+
+@pytest.mark.parametrize("numbers", [
+    (1, False), [np.bool_(True), np.float16(0)], np.array([True, False]), torch.tensor([1, 0]),
+    np.array([1, 0], np.float16), [np.array(1.0), np.array(0)], [ONE.bool(), ZERO.bool()],
+    [ONE.bfloat16(), ZERO.bfloat16()], [ONE.clone().requires_grad_(), ZERO],
+])  # fmt: skip
+def test_rewards_of_many_types(numbers):
+    paid = Task([], lambda *texts: numbers).pay(SAMPLES)
+    process = {"reward_processor": lambda k: numbers[int(k)]}
+    for found in (paid, Task([], lambda *texts: [0, 1], **process).pay(SAMPLES)):
+        assert found == [1.0, 0.0] and {type(reward) for reward in found} == {float}
+
+
+@pytest.mark.parametrize("reward, expected", [
+    (lambda a, b: [float(len(b[0]) - len(a[0])), 7], [2.0, 7.0]),  # as for CoMLRL
+    (lambda *texts, prompts: [float(prompts == [["p"] * 2, ["q"] * 2])] * 2, [1.0] * 2),
+    (lambda *texts, completion_ids: [float(completion_ids[1][0][0]), 0], [4.0, 0.0]),
+    (lambda *texts, **more: [len(more), len(more["batch_items"])], [3.0, 1.0]),
+    (lambda *texts, batch_items: [float(batch_items == [ITEM])] * 2, [1.0] * 2),
+    (functools.partial(lambda worth, *texts: [worth] * 2, 0.5), [0.5, 0.5]),
+])  # fmt: skip
 def test_rewards_are_paid(reward, expected):
-    """Whatever the function takes, and however it returns a number for each sample."""
-    columns = {"completions": ["a", "bcd"], "completion_ids": [[3], [4]]}
-    samples = [Sample(ITEM, k, 0, ["p", "q"], **columns) for k in (0, 1)]
-    paid = Task([ITEM], reward).pay(samples)
-    assert paid == expected and {type(x) for x in paid} == {float}
-    processed = Task([ITEM], reward, reward_processor=lambda x: 10 * x).pay(samples)
-    assert processed == [10 * x for x in expected]
-
-
-def test_an_exception_becomes_a_sentence_that_names_the_callable_and_the_line():
-    def reward(*_):
-        raise KeyError("mine")
-
-    line, task = reward.__code__.co_firstlineno + 1, Task([ITEM], reward, name="t")
-    expected = f"task 't', .*reward_func: KeyError: 'mine' at {__file__}, line {line}$"
-    with pytest.raises(InputError, match=expected):
-        task.pay([Sample(ITEM, 0, 0, ["x"], completions=["a"])])
+    """Whatever arguments the function takes."""
+    assert Task([ITEM], reward).pay(SAMPLES) == expected
 
 
 def test_formatters_one_for_all_or_one_each():
@@ -177,29 +189,23 @@ def test_task_files(tmp_path):
 @pytest.fixture
 def reader():
     """A learner that reads at most 8 tokens, a character each, and leaves out blanks."""
-    options = {"max_position_embeddings": 8}
-    model = common.load_model("tiny", AutoModel, options)
+    model = common.load_model("tiny", AutoModel, {"max_position_embeddings": 8})
     tokenizer = common.tiny_tokenizer()
-    isolated = tokenizer.backend_tokenizer.pre_tokenizer
-    steps = [pre_tokenizers.Split(" ", "removed"), isolated]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "")
     return common.Learner("agent_0", "tiny", model, tokenizer)
 
 
 def test_messages_go_through_the_chat_template_where_there_is_one(reader):
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-
-    def texts():
-        rows = [reader.encode(FIRST, prompt) for prompt in (chat, "plain")]
-        return [reader.tokenizer.decode(ids) for ids in rows]
-
-    assert texts() == ["a\nb", "plain"]
     roles = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}>"
-    reader.tokenizer.chat_template = roles
-    assert texts() == ["s:au:b>", "plain"]
+    for template, expected in ((None, "a\nb"), (roles, "s:au:b>")):
+        reader.tokenizer.chat_template = template
+        for prompt, text in ((chat, expected), ("plain", "plain")):
+            ids = reader.encode(FIRST, prompt)
+            assert reader.tokenizer.decode(ids) == text
     reader.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(InputError, match="cannot read .*no system"):
-        texts()
+        reader.encode(FIRST, chat)
 
 
 UNREADABLE = [
