@@ -2,23 +2,18 @@
 
 import itertools
 import json
-import re
 import sys
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tiny_args
+from conftest import ROOT
 from tasks import tldr
 
 import common
-import maac
 
-POSTS, TASK = ROOT / "tests" / "posts.jsonl", str(ROOT / "tests" / "tasks" / "tldr.py")
-ONE_EACH = [  # of every category a word, or a phrase
-    "furthermore", "for instance", "in other words", "therefore", "in contrast",
-    "although", "unless", "finally", "meanwhile", "likewise", "certainly", "in short",
-]  # fmt: skip
+TASK = str(ROOT / "tests" / "tasks" / "tldr.py")
+ONE_EACH = [phrases.split(", ")[0] for phrases in tldr.TRANSITIONS.values()]
 
 
 def made(numbers, characters, before=""):
@@ -98,43 +93,29 @@ def test_level_3_counts_a_word_once():
     assert paid(" ".join("." * 8), "aaa bbb ccc ddd eee fff ggg hhh", 1.5)
 
 
-@pytest.mark.parametrize("count, expected", [(0, 0), (1, 0.16), (3, 0.2), (12, 0.38)])
-def test_level_4_categories_of_transition_words(count, expected):
-    """0.4 * (0.4 + 0.05 * (count - 1)), and no word in common: 0.4 * 0.95 with all twelve."""
-    for first in range(12):
-        phrases = " ".join((ONE_EACH * 2)[first : first + count])
-        assert style(phrases) == pytest.approx(expected, abs=1e-9)
-
-
-def test_level_4_counts_a_category_once_and_in_the_longer_text_only():
-    assert style("thus thus therefore as a result") == pytest.approx(0.16)
+def test_level_4_categories_of_transition_words():
+    """0.4 * (0.4 + 0.05 * (count - 1)), and no word in common: 0.4 * 0.95 with all twelve. Each
+    counts once, and in the longer text only."""
+    for count, expected in [(0, 0), (1, 0.16), (3, 0.2), (12, 0.38)]:
+        for first in range(12):
+            phrases = " ".join((ONE_EACH * 2)[first : first + count])
+            assert style(phrases) == pytest.approx(expected, abs=1e-9)
     assert style("thus thus therefore but as a result") == pytest.approx(0.18)
     summary = made(range(50), 400, "thus however finally overall certainly")
     assert paid(summary, made(range(100, 250), 1000), 2.0)
 
 
 def test_transition_words_are_whole_words_and_phrases():
+    """Each of one category, as it stands and among other marks; not in parts, or within words."""
+    for phrases in tldr.TRANSITIONS.values():
+        for phrase in phrases.split(", "):
+            for text in (phrase, f'w9 ({phrase.upper()}, "w8"', f'"{phrase}".'):
+                assert style(text) == pytest.approx(0.16), text
     parts = "soap soup also_so thusly sothus butter yeti iffy firsthand _thus thus2"
-    assert style(parts) == pytest.approx(0.0)
-    for word in ("so", "thus", "if", "but", "first"):
-        for text in (word, word.upper(), f"({word})", f"{word},", f'"{word}"'):
-            assert style(text) == pytest.approx(0.16), text
     for text in ("for instance", "on the other hand", "in other words"):
         first, tail = text.split(" ", 1)
-        assert style(text) == style(f"w9 {text.upper()}. w8") == pytest.approx(0.16)
-        for broken in (first, tail, f"x{text}", f"{text}x", f"{first} w9 {tail}"):
-            assert style(broken) == pytest.approx(0.0), broken
-
-
-def test_no_transition_word_counts_for_two_categories():
-    phrases = {k: text.split(", ") for k, text in tldr.TRANSITIONS.items()}
-    assert len(phrases) == 12
-    for category, own in phrases.items():
-        others = {p for k, texts in phrases.items() if k != category for p in texts}
-        for phrase in own:
-            assert re.fullmatch("[a-z]+( [a-z]+)*", phrase)
-            assert not [p for p in others if f" {p} " in f" {phrase} "], phrase
-            assert style(phrase) == pytest.approx(0.16), phrase
+        broken = [parts, first, tail, f"x{text}", f"{text}x", f"{first} w9 {tail}"]
+        assert [style(x) for x in broken] == pytest.approx([0.0] * 6)
 
 
 def test_level_4_words_in_common():
@@ -160,17 +141,10 @@ def test_the_most_is_298_and_odd_texts_are_paid_a_number():
         assert 0 <= tldr.tldr_reward(*pair) <= 2.98 + 1e-9
 
 
-def load(train_file, **changes):
+def load(train_file, task=TASK):
     """The task for two agents with the posts of a file."""
-    flags = {"task": TASK, "num_agents": 2, "num_turns": 1}
-    flags |= {"train_file": train_file and str(train_file), **changes}
+    flags = {"task": task, "train_file": train_file, "num_agents": 2, "num_turns": 1}
     return common.load_task(SimpleNamespace(**flags), None)
-
-
-def test_it_is_for_two_agents():
-    for agents in (1, 3):
-        with pytest.raises(common.InputError, match="num_agents must be 2"):
-            load(POSTS, num_agents=agents)
 
 
 @pytest.mark.parametrize("count, held_out", [(2, 1), (10, 1), (11, 2), (20, 2)])
@@ -181,7 +155,7 @@ def test_the_last_tenth_is_held_out(count, held_out, task, tmp_path):
     items = [{"prompt": f"post\u2028\u00e9 {k}", "more": k} for k in range(count)]
     lines = "\n\n \n".join(json.dumps(item, ensure_ascii=False) for item in items)
     (tmp_path / "posts.jsonl").write_text(f"{lines}\n", "utf-8-sig")
-    found = load(tmp_path / "posts.jsonl", task=task)
+    found = load(tmp_path / "posts.jsonl", task)
     assert found.name == ("tldr" if task == TASK else task)
     assert found.train_dataset == items[: count - held_out]
     assert found.eval_dataset == items[count - held_out :]
@@ -189,15 +163,11 @@ def test_the_last_tenth_is_held_out(count, held_out, task, tmp_path):
 
 GOOD = b'{"prompt": "x"}\n'
 UNUSABLE = [
-    (b"", "train_dataset is empty"),
-    (GOOD, "train_dataset is empty"),  # the one is held out
+    (b"", "train_dataset is empty"), (GOOD, "train_dataset is empty"),  # the one is held out
     (GOOD + b'{"prompt": \n', "posts.jsonl': JSONDecodeError: .* line 2 "),
-    (b"prompt,text\n1,2\n", "posts.jsonl': JSONDecodeError: .* line 1 "),
     (b'{"prompt": "\xff"}\n' * 2, "posts.jsonl': UnicodeDecodeError: "),
     (None, "posts.jsonl': FileNotFoundError: "),
-    (b'["x"]\n' + GOOD, "item .'x'.: .* an item must be a dict"),
-    (b'{"post": "x"}\n' + GOOD, "{'post': 'x'}: .* KeyError: 'prompt' at .*tldr.py"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content, expected", UNUSABLE)
@@ -205,24 +175,8 @@ def test_a_train_file_that_cannot_be_used(content, expected, tmp_path):
     path = tmp_path / "posts.jsonl"
     if content is not None:
         path.write_bytes(content)
-    args = tiny_args(maac, tmp_path, task=TASK, train_file=str(path))
     with pytest.raises(common.InputError, match=expected):
-        maac.train(args)
-
-
-def test_a_run_on_posts_of_ones_own(tmp_path):
-    """The tiny model writes 16 characters of noise. 8 and 8 words of 100 and 160 characters are
-    paid 1.5, the other way round the ratio is 0.625."""
-    path = tmp_path / "posts.jsonl"
-    path.write_text("".join(f'{{"prompt": "post {k}"}}\n' for k in range(8)))
-    flags = {"task": TASK, "train_file": str(path), "max_new_tokens": 16}
-    folder = maac.train(tiny_args(maac, tmp_path, **flags))
-    assert folder.name.startswith("maac__tldr__1__")
-    for line in map(json.loads, (folder / "samples.jsonl").open()):
-        assert line["reward"] == tldr.tldr_reward(*line["completions"])
-    one, two = made(range(8), 100), made(range(8, 16), 160)
-    rewards = load(POSTS).reward_func([one, two, ""], [two, one, ""])
-    assert rewards == pytest.approx([1.5, 0.5, 0.0])
+        load(str(path))
 
 
 def test_without_a_file_it_is_the_dataset(monkeypatch):
@@ -241,19 +195,19 @@ def test_without_a_file_it_is_the_dataset(monkeypatch):
         load(None)
 
 
-def test_the_posts_read_as_those_of_the_dataset_and_each_agent_is_asked_for_its_own():
-    task = load(POSTS)
-    items = [*task.train_dataset, *task.eval_dataset]
-    assert len(items) == len({item["prompt"] for item in items}) == 40
-    shape = r"SUBREDDIT: r/\w+\n\nTITLE: (.+)\n\nPOST: (.+)\n\nTL;DR:"
-    for item in items:
-        assert list(item) == ["prompt"] and item["prompt"].isascii()
-        title, body = re.fullmatch(shape, item["prompt"]).groups()
-        assert title and 60 <= len(body.split()) <= 90
-    requests = []
-    for agent in (0, 1):
-        asked = [task.format(item, agent) for item in items]
-        requests.append(asked[0][0]["content"].removeprefix(items[0]["prompt"]))
-        texts = [item["prompt"] + requests[agent] for item in items]
-        assert asked == [[{"role": "user", "content": text}] for text in texts]
-    assert requests[0] != requests[1]
+def test_each_agent_is_asked_for_its_own_and_the_longer_text_is_agent_1s():
+    """8 and 8 words of 100 and 160 characters are paid 1.5; the other way round the ratio is
+    0.625."""
+    task = load(ROOT / "tests" / "posts.jsonl")
+    assert (len(task.train_dataset), len(task.eval_dataset)) == (36, 4)
+    requests = set()
+    for item in task.train_dataset:
+        for agent in (0, 1):
+            (message,) = task.format(item, agent)
+            assert message["role"] == "user"
+            assert message["content"].startswith(item["prompt"])
+            requests.add((agent, message["content"].removeprefix(item["prompt"])))
+    assert len(requests) == len({request for _, request in requests}) == 2
+    one, two = made(range(8), 100), made(range(8, 16), 160)
+    rewards = task.reward_func([one, two, ""], [two, one, ""])
+    assert rewards == pytest.approx([1.5, 0.5, 0.0])
