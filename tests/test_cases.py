@@ -8,28 +8,30 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from itertools import chain, repeat
+from types import ModuleType
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.survival import same, weights
 from conftest import ROOT, SCRIPTS, save_model, tiny_args
 from test_pitfalls import load, team
-from tokenizers import normalizers, processors
-from transformers import set_seed
+from tokenizers import processors
 
 import common
+import maac
 from common import InputError, Task
 
-CALLS = {  # of the users' functions, in an update of four episodes of two turns
+CALLS = {  # of users' functions, in an update of four episodes of two turns
     "formatters": 16, "reward_func": 8, "reward_processor": 8, "external_transition": 4,
     "metrics_callback": 1,
 }  # fmt: skip
-ONE, ZERO = torch.tensor([1.0, 0.0])
 READER = common.tiny_tokenizer()  # puts nothing around a text
 CHAT = "<unk>{% for m in messages %}{{ m.role[0] }}{{ m.content }}<eos>{% endfor %}:"
 AROUND = {"begins": "<unk> $A", "both": "<unk> $A <eos>", "ends": "$A <eos>"}
-ODD = {"plain": 64, "short": 24, "strip": 64, **dict.fromkeys(AROUND, 256)}  # contexts
+ODD = {"plain": 64, "short": 24, **dict.fromkeys(AROUND, 256)}  # contexts
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +44,6 @@ def odd(tmp_path_factory):
         made, around = common.tiny_tokenizer(), AROUND.get(name, "$A")
         frame = processors.TemplateProcessing(single=around, special_tokens=special)
         made.backend_tokenizer.post_processor = frame
-        gap = " " if name == "strip" else "<pad>"
-        made.backend_tokenizer.normalizer = normalizers.Replace(gap, "")
         made.add_special_tokens({"additional_special_tokens": ["~"]})
         made.chat_template = CHAT if name == "begins" else None
         made.save_pretrained(folder / name)
@@ -61,116 +61,32 @@ def lines(folder, name="metrics.jsonl"):
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
-def weights(folder):
-    return [path.read_bytes() for path in sorted(folder.glob("*/model.safetensors"))]
-
-
 def say(count, **changes):
     items = [{"prompt": f"say {k}", "k": k} for k in range(count)]
     task = Task(items, lambda *texts, **_: [float(x.isalpha()) for x in texts[1]])
     return replace(task, **changes)
 
 
-def chats(spoil):
-    """A task of two turns; its functions give `spoil` their name, arguments and result."""
-
-    def grow(agent_completions, prompt_history_per_agent, **_):
-        nexts = [history[-1] for history in prompt_history_per_agent]
-        for chat, text in zip(nexts, agent_completions, strict=True):
-            chat.append({"role": "assistant", "content": text})  # the usual way
-        return nexts
-
-    def pay(*texts, completion_ids, **_):
-        return [ids.count(98) for ids in completion_ids[1]]
-
-    def wrap(name, function):
-        def wrapped(*given, **named):
-            result = function(*given, **named)
-            return spoil(name, [*given, *named.values()], result)
-
-        return wrapped
-
-    def watch(samples):
-        return {"messages": max(len(s.prompts[0]) - s.turn for s in samples)}
-
-    functions = [lambda item: item["prompt"], pay, float, grow, watch]
-    pairs = zip(CALLS, functions, strict=True)
-    items = [{"prompt": [{"role": "user", "content": "go"}]} for _ in range(12)]
-    return Task(items, eval_dataset=items[:2], **{k: wrap(k, f) for k, f in pairs})
-
-
-def change(name, given, result):
-    """Seed, and empty the lists, dicts and samples that were given, and all in them."""
-    set_seed(42)
-    kept = copy.deepcopy(result)
-    while given:
-        thing = given.pop()
-        thing = vars(thing) if isinstance(thing, common.Sample) else thing
-        if isinstance(thing, dict | list):
-            given += thing.values() if isinstance(thing, dict) else thing
-            thing.clear()
-    return kept
-
-
-def test_users_functions_change_nothing(script, odd, tmp_path):
-    """Neither items nor what is read, drawn and trained on: the run is, to the bit, that of
-    functions that leave all alone. Special tokens are paid by their ids, and not in texts."""
-    flags = {"agent_model": str(odd / "plain"), "num_turns": 2, "num_train_epochs": 2}
-    args = tiny_args(script, tmp_path, max_new_tokens=6, log_samples=99, **flags)
-    ends = []
-    for spoil in (lambda name, given, result: copy.deepcopy(result), change):
-        task = chats(spoil)
-        before = copy.deepcopy(task.train_dataset)
-        folder = script.train(args, task)
-        assert task.train_dataset == before
-        assert {line.get("rollout/messages", 1) for line in lines(folder)} == {1}
-        ends.append((weights(folder), lines(folder, "samples.jsonl")))
-    assert ends[0] == ends[1]
-    trained = [x for x in ends[0][1] if x["phase"] == "train"]
-    for turn in (0, 1):  # twelve random characters each: as good as never the same
-        texts = [str(x["completions"]) for x in trained if x["turn"] == turn]
-        assert len(set(texts)) == len(texts) == 24 and "~" not in str(texts)
-    assert sum(x["reward"] for x in trained) > 0
-
-
 @pytest.mark.parametrize("place", CALLS)
 def test_a_failing_function_leaves_a_checkpoint(place, script, tmp_path, capsys):
     """Of the last whole update; the run that goes on from it is the run, to the bit."""
-    calls = []
-
-    def fail(name, given, result):
-        calls.append(name)
-        if name == place and calls.count(place) == 8 * CALLS[place] + 1:
-            raise TimeoutError("the judge did not answer")
-        return result
-
-    task = replace(chats(fail), eval_dataset=None)
-    flags = {"num_turns": 2, "num_train_epochs": 3, "save_interval": 0}
-    args = tiny_args(script, tmp_path / "a", **flags)
-    with pytest.raises(InputError, match="TimeoutError: the judge did not answer"):
+    functions = {"formatters": lambda item: item["prompt"], "reward_processor": float}
+    functions["external_transition"] = lambda prompt, **_: [prompt, prompt]
+    functions["metrics_callback"] = lambda samples: {}
+    calls = repeat(DEFAULT, 8 * CALLS[place]), [TimeoutError("no answer")]
+    task = say(12, **functions)
+    fails = Mock(wraps=getattr(task, place), side_effect=chain(*calls, repeat(DEFAULT)))
+    task = replace(task, **{place: fails})
+    args = tiny_args(script, tmp_path / "a", num_turns=2, num_train_epochs=3)
+    with pytest.raises(InputError, match="TimeoutError: no answer"):
         script.train(args, task)
     (folder,) = (tmp_path / "a").iterdir()
     assert f"--resume {folder}" in capsys.readouterr().out
     counts = torch.load(folder / "checkpoint.pt", weights_only=True)["counts"]
     assert counts["updates"] == 8
     resumed = script.train(replace(args, resume=str(folder)), task)
-    task = replace(task, eval_dataset=[])  # is no evaluation
     whole = script.train(replace(args, output_dir=str(tmp_path / "b")), task)
-    assert weights(resumed) == weights(whole)
-    assert not any("eval/return" in line for line in lines(whole))
-
-
-@pytest.mark.parametrize("rewards", [
-    [np.bool_(True), np.bool_(False)], [True, 0], [np.float16(1), 0], np.array([True, False]),
-    [np.array(1.0), np.array(0)], [ONE, ZERO], [ONE.bool(), ZERO.bool()], torch.tensor([1, 0]),
-    [ONE.bfloat16(), ZERO.bfloat16()], [ONE.clone().requires_grad_(), ZERO],
-])  # fmt: skip
-def test_rewards_of_many_types(rewards):
-    samples = [common.Sample({}, 0, 0, ["a"], completions=["b"])] * 2
-    paid = Task([], lambda texts: rewards).pay(samples)
-    process = {"reward_processor": lambda k: rewards[int(k)]}
-    for found in (paid, Task([], lambda texts: [0, 1], **process).pay(samples)):
-        assert found == [1.0, 0.0] and {type(reward) for reward in found} == {float}
+    assert same(weights(resumed), weights(whole))
 
 
 def test_what_is_not_finite_and_what_is_the_callers(script, tmp_path, capsys):
@@ -215,13 +131,17 @@ TEXTS = [  # model, prompt, what is read, what is shown
 @pytest.mark.parametrize("kind", ["v", "q"])
 @pytest.mark.parametrize(("model", "prompt", "read", "shown"), TEXTS)
 def test_special_tokens_around_texts(script, odd, kind, model, prompt, read, shown):
-    """One that begins a text, once; an end only where the agent ended, or a template says so."""
+    """One that begins a text, once; an end only where the agent ended, or a template says so. No
+    agent's text has one."""
     args = script.Args(device="cpu", critic_type=kind, max_new_tokens=3)
     actors, critics = team(script, args, *[[str(odd / model)] * 2] * 2)
     items, by_hand = [{"prompt": prompt}] * 20, lambda text: READER(text).input_ids
     for s in script.play(actors, critics, say(1), items, torch.Generator(), args):
         assert s.prompt_ids == [by_hand(read)] * 2
-        wrote = [x + "<eos>" * e for x, e in zip(s.completions, s.ended, strict=True)]
+        drawn = [map(READER.decode, ids) for ids in s.completion_ids]
+        plain = ["".join(x for x in row if len(x) == 1 and x != "~") for row in drawn]
+        assert s.completions == plain
+        wrote = [x + "<eos>" * e for x, e in zip(plain, s.ended, strict=True)]
         texts = [by_hand(read + text * (kind == "q")) for text in wrote]
         if script.__name__ == "maac":
             joint = [f"Agent {k}: {shown}\n" for k in (0, 1)]
@@ -245,26 +165,25 @@ def test_the_probe_of_a_head_that_never_writes_a_token(odd, least):
         common.probe(actor, writes=True)
 
 
-UNREADABLE = {  # prompt, the actors' model, the critics' type and model where they cannot read
-    "empty": ("", "plain"), "nothing": (" ", "strip"), "no_room": ("x" * 61, "plain"),
-    "maac_v": ("x" * 50, "plain", "v", "plain"), "maac_q": ("x" * 15, "plain", "q", "plain"),
-    "iac_separate_v": ("x" * 30, "plain", "v", "short"),
-    "iac_separate_q": ("x" * 21, "plain", "q", "short"),
-}  # fmt: skip
-PAIRS = [(x, k) for k, v in UNREADABLE.items() for x in SCRIPTS if not v[2:] or x in k]
+UNREADABLE = [  # letters of a prompt, who cannot read it, critic_type, the critics' model
+    *[(name, (61, "agent_1", "v", "plain")) for name in SCRIPTS],
+    ("maac", (50, "critic_0", "v", "plain")), ("maac", (15, "critic_0", "q", "plain")),
+    ("iac_separate", (30, "critic_1", "v", "short")),
+    ("iac_separate", (21, "critic_1", "q", "short")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "kind"), PAIRS, indirect=["script"])
-def test_a_turn_that_cannot_be_read(kind, script, odd, tmp_path, capsys):
+@pytest.mark.parametrize("script, case", UNREADABLE, indirect=["script"])
+def test_a_turn_that_cannot_be_read(script, case, odd, tmp_path, capsys):
     """A second turn ends its episode, here that of every odd item; a first one is refused."""
-    bad, model, *critic = UNREADABLE[kind]
-    flags = {"agent_model": str(odd / model), "num_turns": 2, "log_samples": 99}
-    if critic:
-        flags |= {"critic_type": critic[0], "critic_model": str(odd / critic[1])}
+    letters, who, kind, critic = case
+    flags = {"agent_model": str(odd / "plain"), "num_turns": 2, "log_samples": 99}
+    if script.__name__ != "iac_shared":
+        flags |= {"critic_type": kind, "critic_model": str(odd / critic)}
     args = tiny_args(script, tmp_path, max_new_tokens=4, **flags)
-    who = f"critic_{int(kind[0] == 'i')}" if critic else "agent_1"
-    task = say(16, formatters=[lambda item: "go", lambda item: item["prompt"]])
-    nexts = {f"say {k}": ["go", bad if k % 2 else "go"] for k in range(16)}
+    formatters = [lambda item: "go", lambda item: item["prompt"]]
+    task = say(16, formatters=formatters, eval_dataset=[])  # empty: no evaluation
+    nexts = {f"say {k}": ["go", "x" * letters if k % 2 else "go"] for k in range(16)}
     task.external_transition = lambda prompt, **_: nexts[prompt]
     folder = script.train(replace(args, rollout_buffer_size=32), task)
     turns = [(x["item"]["k"] % 2, x["turn"]) for x in lines(folder, "samples.jsonl")]
@@ -274,7 +193,7 @@ def test_a_turn_that_cannot_be_read(kind, script, odd, tmp_path, capsys):
     told = r"an episode ends before turn 1 of .*'prompt': 'say .*: (\w+) is to read"
     told = re.findall(told, capsys.readouterr().err)  # of each learner its first
     assert who in told and len(set(told)) == len(told)
-    task.train_dataset[3]["prompt"] = bad
+    task.train_dataset[3]["prompt"] = "x" * letters
     with pytest.raises(InputError, match=f"'k': 3.*{who}"):
         script.train(replace(args, num_turns=1), task)
 
@@ -289,35 +208,25 @@ def test_a_turn_hangs_on_its_prompts_alone(kind, script, odd, tmp_path):
         actor.end_ids = list(range(99))  # whatever is written ends it
     task = say(4, external_transition=lambda **_: ["go", "x" * 12])
     task = replace(task, eval_dataset=task.train_dataset)
-    parts = [critics, task, list(range(4)), torch.Generator(), args]
-    played = (
-        script.collect(actors, *parts),
-        script.evaluate(actors, critics, task, args),
-    )
+    parts = [actors, critics, task, list(range(4)), torch.Generator(), args]
+    evaluated = script.evaluate(actors, critics, task, args)
     ends = kind == "q" and script.__name__ == "maac"  # 56 tokens of 64, but up to 66
-    for samples in played:
+    for samples in (script.collect(*parts), evaluated):
         assert {len(ids) for s in samples for ids in s.completion_ids} == {1}
         assert [s.turn for s in samples] == ([0] * 4 if ends else [0, 1] * 4)
         assert {bool(s.cut) for s in samples if s.turn == 0} == {ends}
 
 
-@pytest.mark.parametrize("folder", ["wandb", "tensorboard", "matplotlib"])
-def test_a_folder_of_a_packages_name(folder, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", ["wandb", "tensorboard"])
+def test_a_folder_of_a_packages_name(folder, tmp_path, monkeypatch):
     """Its import gives an empty module. W&B, told through TensorBoard, cannot start: a sentence
-    before the first update. Where W&B is not asked for, the other two are left out."""
-    monkeypatch.undo()
-    assert pytest.importorskip("matplotlib") and pytest.importorskip("tensorboard")
-    start = lambda **_: SimpleNamespace(finish=lambda exit_code: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
+    before the first update. Where W&B is not asked for, TensorBoard is left out."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", Mock())
     monkeypatch.setitem(sys.modules, folder, ModuleType(folder))
-    for name in ("torch.utils.tensorboard", "matplotlib.figure"):
-        if folder in name:
-            monkeypatch.delitem(sys.modules, name, raising=False)
-    files = script.train(tiny_args(script, tmp_path), say(8)).iterdir()
-    left = {path.name[:6] for path in files} & {"events", "curves"}
-    gone = {"tensorboard": "events", "matplotlib": "curves"}.get(folder)
-    assert left == {"events", "curves"} - {gone}
-    if folder != "matplotlib":
-        with pytest.raises(InputError, match="^wandb_config"):
-            script.train(tiny_args(script, tmp_path / "w", wandb_config="{}"), say(8))
-        assert not any(x.stat().st_size for x in tmp_path.glob("w/*/metrics.jsonl"))
+    files = maac.train(tiny_args(maac, tmp_path), say(8)).glob("events*")
+    assert any(files) == (folder == "wandb")
+    with pytest.raises(InputError, match="^wandb_config"):
+        maac.train(tiny_args(maac, tmp_path / "w", wandb_config="{}"), say(8))
+    assert not any(x.stat().st_size for x in tmp_path.glob("w/*/metrics.jsonl"))
