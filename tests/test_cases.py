@@ -29,7 +29,7 @@ CALLS = {  # of users' functions, in an update of four episodes of two turns
     "metrics_callback": 1,
 }  # fmt: skip
 READER = common.tiny_tokenizer()  # puts nothing around a text
-CHAT = "<unk>{% for m in messages %}{{ m.role[0] }}{{ m.content }}<eos>{% endfor %}:"
+CHAT = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<eos>{% endfor %}:"
 AROUND = {"begins": "<unk> $A", "both": "<unk> $A <eos>", "ends": "$A <eos>"}
 ODD = {"plain": 64, "short": 24, **dict.fromkeys(AROUND, 256)}  # contexts
 
@@ -122,9 +122,9 @@ PARTS = {"role": "user", "content": [{"text": "say "}, {"type": "text", "text": 
 TEXTS = [  # model, prompt, what is read, what is shown
     ("begins", "ab", "<unk>ab", "ab"), ("begins", "<unk>ab", "<unk>ab", "<unk>ab"),
     ("both", "ab", "<unk>ab", "ab"), ("both", "<unk>", "<unk>", "<unk>"),
-    ("ends", "ab", "ab", "ab"), ("begins", [HI], "<unk>uhi<eos>:", "hi"),
-    ("begins", [PARTS], f"<unk>u{PARTS['content']}<eos>:", "say 1"),
-    ("begins", [NONE, HI], "<unk>a<eos>uhi<eos>:", "\nhi"),
+    ("ends", "ab", "ab", "ab"), ("begins", [HI], "uhi<eos>:", "hi"),
+    ("begins", [PARTS], f"u{PARTS['content']}<eos>:", "say 1"),
+    ("begins", [NONE, HI], "a<eos>uhi<eos>:", "\nhi"),
 ]  # fmt: skip
 
 

@@ -58,6 +58,8 @@ CASES = {  # flags, a task file's text (--task names it), what the sentence says
     "code": ("--num-agents 3 --task tests/tasks/code.py", "", "code is for two agents: num_agents must be 2"),
     "str_build": ("--num-agents 3 --task tests/tasks/str_build.py", "", "str_build is for two agents: num_agents must be 2"),
     "no item": ("", "task = Task(['x'], print)", "item 'x': prompt of agent 0: an item must be a dict"),
+    "a dict": ("", "task = Task({'prompt': 'x'}, print)", "a dataset's item cannot be read: KeyError: 0"),
+    "a loop": ("", "x = {'prompt': 'x'}\nx['x'] = x\ntask = Task([x], lambda *t: [1], [x])", "a line of samples.jsonl cannot be written: ValueError: Circular"),
     "long": ("", "task = Task([{'prompt': 'x' * 1024}], print)", "is to read 1024 tokens, with room for 1 more: its model takes 1024"),
     "no reward": ("", "task = " + ITEM + ", None)", "item {'prompt': 'x'}: 2 agents' reward_func: TypeError: None is not a callable"),
     "callback": ("", "task = " + ITEM + ", lambda *t: [1], metrics_callback=len)", "metrics_callback: AttributeError"),
