@@ -16,15 +16,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModel, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -77,21 +71,18 @@ def small_task(items: int = 16, **changes: Any) -> common.Task:
     """The default game with few items."""
     task = common.sum_to_target(SimpleNamespace(num_turns=1))
     few = task.train_dataset[:items]
-    changes = {"name": "sum_to_target", "train_dataset": few, **changes}
-    return replace(task, **{"eval_dataset": few[:4], **changes})
+    own = {"name": "sum_to_target", "train_dataset": few, "eval_dataset": few[:4]}
+    return replace(task, **{**own, **changes})
 
 
 def micro_config(family: str, vocabulary: int) -> Any:
     """A model of a few thousand parameters: pad 0, end of sequence 1."""
-    shared = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
-    shared["vocab_size"] = vocabulary
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(**shared, **sizes)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-    return LlamaConfig(**shared, **sizes)
+    fields = {"bos_token_id": None, "pad_token_id": 0, "eos_token_id": 1}
+    fields |= {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64}
+    fields |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    fields["max_position_embeddings"] = 64
+    return transformers.AutoConfig.for_model(family, **fields)
 
 
 def save_model(
@@ -100,10 +91,10 @@ def save_model(
     """A checkpoint of a random model with the built-in tokenizer: its folder."""
     tokenizer = common.tiny_tokenizer()
     settings = micro_config(family, len(tokenizer))
-    for key, value in config.items():
-        setattr(settings, key, value)
+    settings.update(config)
     model = AutoModelForCausalLM.from_config(settings)
-    model.generation_config = GenerationConfig(**(generation or {"eos_token_id": 1}))
+    options = generation or {"eos_token_id": 1}
+    model.generation_config = transformers.GenerationConfig(**options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -137,7 +128,7 @@ def micro_learner(
     words = {"<pad>": 0, "<eos>": 1} | {chr(95 + k): k for k in range(2, vocabulary)}
     words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
     learner = common.Learner(f"agent_{seed}", "micro", model, tokenizer)
     learner.end_ids = [1]
     if head or module.__name__ == "iac_shared":
