@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, damaged or refused, and what is left of them."""
 
 import functools
+import json
 import multiprocessing
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -41,13 +43,14 @@ def flags(script, folder, **changes):
 
 def game(items=10):
     """The default game with every function a user may write; the reward draws random numbers."""
-    task = small_task(items, formatters=lambda item: item["prompt"])
-    task.metrics_callback = lambda samples: {"of_mine": len(samples)}
-    inner = task.reward_func
+    own = {"formatters": lambda item: item["prompt"]}
+    own["metrics_callback"] = lambda samples: {"of_mine": len(samples)}
+    task = small_task(items, **own)
 
     def reward(*completions, batch_items, **_):
         noise = (random.random() + np.random.rand() + torch.rand(()).item()) / 3 - 1
-        return [r + noise for r in inner(*completions, batch_items=batch_items)]
+        paid = task.reward_func(*completions, batch_items=batch_items)
+        return [x + noise for x in paid]
 
     return replace(task, reward_func=reward)
 
@@ -129,17 +132,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, how, tmp_path):
     """At ten places each; where the damaged bytes mean nothing, what is loaded is the same."""
     data, refused = (whole(maac) / "checkpoint.pt").read_bytes(), 0
     for k in range(10):
-        at, left = (
-            k * (len(data) - 1) // 9,
-            shutil.copytree(whole(maac), tmp_path / f"{k}"),
-        )
-        ways = {"cut": b"", "flip": bytes([data[at] ^ 1 << k % 8]) + data[at + 1 :]}
-        damaged = ways.get(how, bytes(64) + data[at + 64 :])
-        (left / "checkpoint.pt").write_bytes(data[:at] + damaged)
+        left, at = tmp_path / f"{k}", k * (len(data) - 1) // 9
+        checkpoint = shutil.copytree(whole(maac), left) / "checkpoint.pt"
+        ways = {"cut": b"", "zero": bytes(64) + data[at + 64 :]}
+        ways["flip"] = bytes([data[at] ^ 1 << k % 8]) + data[at + 1 :]
+        checkpoint.write_bytes(data[:at] + ways[how])
         try:
             maac.train(flags(maac, tmp_path, resume=str(left)), game())
         except common.InputError as error:
-            assert f"checkpoint '{left / 'checkpoint.pt'}' is damaged" in str(error)
+            assert f"checkpoint '{checkpoint}' is damaged" in str(error)
             refused += 1
         else:
             assert same(outcome(left), outcome(whole(maac)))
@@ -160,37 +161,29 @@ def test_a_checkpoint_runs_no_code(whole, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "name, was, now",
-    [("agent_learning_rate", 0.002, 1e-4), ("discount", 1.0, 0.5), ("seed", 1, 2),
-     ("agents", [], ["tiny", "tiny"]), ("model_config", "{}", '{"hidden_size": 32}'),
-     ("micro_batch_size", None, 1)],
-)  # fmt: skip
-def test_another_run_is_not_resumed(whole, name, was, now, tmp_path):
-    """By the name of the flag, whether or not the run came to a checkpoint; nothing is touched."""
-    left = shutil.copytree(whole(maac), tmp_path / "left")
-    for _ in range(2):
-        before = {path: path.read_bytes() for path in left.rglob("*.*")}
-        message = f"cannot be resumed: {name} was {was!r} and is {now!r}"
-        with pytest.raises(common.InputError, match=re.escape(message)):
-            maac.train(flags(maac, tmp_path, resume=str(left), **{name: now}), game())
-        assert {path: path.read_bytes() for path in left.rglob("*.*")} == before
-        (left / "checkpoint.pt").unlink(missing_ok=True)
-
-
-def test_another_task_or_script_is_not_resumed(script, whole, tmp_path):
-    """Nor a folder where args.json is nonsense."""
+def test_another_run_is_not_resumed(script, whole, tmp_path):
+    """By the name of whatever differs, but RunArgs may; nothing is touched. Nor is one of another
+    script, or one whose args.json is nonsense."""
     left = shutil.copytree(whole(script), tmp_path / "left")
-    args = flags(script, tmp_path, resume=str(left))
-    with pytest.raises(common.InputError, match="train_items was 10 and is 12"):
-        script.train(args, game(12))
+    args, file = flags(script, tmp_path, resume=str(left)), left / "args.json"
+    own, free = json.loads(file.read_text()), vars(common.RunArgs())
+    assert {"script", "ranks", "task_name", "train_items", "seed"} < own.keys() - free
+    for name in own.keys() - free:
+        file.write_text(json.dumps({**own, name: "another"}))
+        before = {path: path.read_bytes() for path in left.rglob("*.*")}
+        why = f"cannot be resumed: {name} was 'another' and is {own[name]!r}"
+        with pytest.raises(common.InputError, match=re.escape(why)):
+            script.train(args, game())
+        assert {path: path.read_bytes() for path in left.rglob("*.*")} == before
+    (left / "checkpoint.pt").unlink()
+    with pytest.raises(common.InputError, match=re.escape(why)):
+        script.train(args, game())
     other = iac_separate if script is maac else maac
-    with pytest.raises(common.InputError, match=f"script was '{script.__name__}.py'"):
-        other.train(flags(other, tmp_path, resume=str(left)), game())
+    file.write_text(json.dumps(own))
     with pytest.raises(common.InputError, match=f"it is one of {script.__name__}.py"):
         common.parse_args(other.Args, ["--resume", str(left)])
     for text in ("", '{"colour": 1}', "[]"):
-        (left / "args.json").write_text(text)
+        file.write_text(text)
         with pytest.raises(common.InputError, match="cannot be resumed"):
             script.train(args, game())
         with pytest.raises(common.InputError, match="is no run of this script"):
@@ -198,32 +191,26 @@ def test_another_task_or_script_is_not_resumed(script, whole, tmp_path):
 
 
 def test_what_prolongs_places_or_logs_a_run_may_change(script, whole, tmp_path):
-    """Every flag of RunArgs; --resume stands for the run's others. The weights stay the same."""
-    args = killed(script, tmp_path, "script.update", 4)
-    line = f"--resume {args.resume} --output-dir y --device cpu cpu"
+    """One epoch, then a second, with every flag of RunArgs but W&B's another: the weights are
+    those of two at once. On the command line the run's own stand for the other flags."""
+    args = flags(script, tmp_path, num_train_epochs=1)
+    folder = script.train(args, game())
+    again, one = replace(args, resume=str(folder)), weights(folder)
+    script.train(again, game())
+    assert same(weights(folder), one)
+    line = f"--resume {folder} --num-train-epochs 2 --output-dir y --device cpu cpu"
     line += " --save-interval 1 --eval-interval 0 --eval-num-samples 2"
     line += " --eval-batch-size 1 --logging-steps 3 --log-samples 0"
     parsed = common.parse_args(script.Args, line.split())
     changed = {k for k, v in vars(parsed).items() if v != getattr(args, k)}
-    others = {"resume", "num_train_epochs", "wandb_config"}
-    assert changed == {flag.name for flag in fields(common.RunArgs)} - others
-    folder = script.train(parsed, game())
-    assert same(weights(folder), weights(whole(script)))
-
-
-def test_a_finished_run_can_be_prolonged(script, whole, tmp_path):
-    """One epoch, then a second: the weights are those of two at once."""
-    folder = script.train(flags(script, tmp_path, num_train_epochs=1), game())
-    args, one = flags(script, tmp_path, resume=str(folder)), weights(folder)
-    script.train(replace(args, num_train_epochs=1), game())
-    assert same(weights(folder), one)
-    assert script.train(args, game()) == folder
+    assert changed == {x.name for x in fields(common.RunArgs)} - {"wandb_config"}
+    assert script.train(parsed, game()) == folder
     assert same(weights(folder), weights(whole(script)))
     with pytest.raises(common.InputError, match="has played 20 items already"):
-        script.train(replace(args, num_train_epochs=1), game())
+        script.train(again, game())
     (folder / "checkpoint.pt").unlink()
     with pytest.raises(common.InputError, match="is finished and has no checkpoint"):
-        script.train(replace(args, num_train_epochs=5), game())
+        script.train(replace(again, num_train_epochs=5), game())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -267,31 +254,23 @@ def test_a_full_disk_is_one_sentence(script, whole, tmp_path, capfd):
     assert same(go_on(script, out), outcome(whole(script)))
 
 
-@pytest.mark.parametrize("name", [
-    "reward_func", "formatters", "external_transition", "metrics_callback"
-])  # fmt: skip
-@pytest.mark.parametrize("place", ["collect", "evaluate"])
-def test_errors_of_a_task(name, place, whole, tmp_path, monkeypatch, capsys):
-    """From the third buffer or evaluation on: what was done is saved, and gone on with."""
-    task, calls, inner = game(), [], getattr(maac, place)
-    own = getattr(task, name)
+def test_an_evaluation_that_fails(script, whole, tmp_path, monkeypatch, capsys):
+    """The third: what was done is saved, and gone on with. In training: test_cases.py."""
+    task, evaluate = game(), Mock(wraps=script.evaluate)
 
-    def counts(*given):
-        return calls.append(1) or inner(*given)
-
-    def fails(*given, **more):
-        if len(calls) == 3:
+    def fails(*texts, **more):
+        if evaluate.call_count == 3:
             raise KeyError("mine")
-        return own(*given, **more)
+        return task.reward_func(*texts, **more)
 
-    monkeypatch.setattr(maac, place, counts)
-    args, task = flags(maac, tmp_path, save_interval=0), replace(task, **{name: fails})
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    args = flags(script, tmp_path, save_interval=0)
     with pytest.raises(common.InputError) as error:
-        maac.train(args, task)
+        script.train(args, replace(task, reward_func=fails))
     (left,), message = tmp_path.iterdir(), str(error.value)
-    assert name.removesuffix("s") in message and "KeyError: 'mine' at" in message
+    assert "reward_func: KeyError: 'mine' at" in message
     assert message.endswith(f"(rank 0, after update {saved(left)})")
-    assert same(go_on(maac, capsys.readouterr().out), outcome(whole(maac)))
+    assert same(go_on(script, capsys.readouterr().out), outcome(whole(script)))
 
 
 def test_a_gradient_that_is_not_finite(script, tmp_path):
