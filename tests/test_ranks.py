@@ -105,7 +105,7 @@ def trained(script, args, count):
 
 
 @pytest.mark.parametrize("number, items, turns", [(2, 11, 1), (2, 11, 3), (3, 2, 1)])
-def test_ranks_share_items_and_keep_alike(script, number, items, turns, tmp_path):
+def test_ranks_share_items_and_stay_alike(script, number, items, turns, tmp_path):
     """Each item once in each of two epochs, however unequal the ends; a rank without one takes
     part all the same. The same prompt gets other completions on another rank."""
     flags = {"num_train_epochs": 2, "train_batch_size": 3, "max_new_tokens": 4}

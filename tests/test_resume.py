@@ -162,8 +162,8 @@ def test_a_checkpoint_runs_no_code(whole, tmp_path):
 
 
 def test_another_run_is_not_resumed(script, whole, tmp_path):
-    """By the name of whatever differs, but RunArgs may; nothing is touched. Nor is one of another
-    script, or one whose args.json is nonsense."""
+    """What differs is named, whatever it is but one of RunArgs, and nothing is touched; nor does
+    one of another script go on, or one whose args.json is nonsense."""
     left = shutil.copytree(whole(script), tmp_path / "left")
     args, file = flags(script, tmp_path, resume=str(left)), left / "args.json"
     own, free = json.loads(file.read_text()), vars(common.RunArgs())
