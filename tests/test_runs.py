@@ -173,7 +173,7 @@ def test_a_buffer_fills_over_early_ends(script, tmp_path):
     args = tiny_args(script, tmp_path, rollout_buffer_size=16, **flags)
     metrics = lines(script.train(args, task))
     counts = [m["rollout/count"] for m in metrics if "rollout/count" in m]
-    assert all(16 <= count < 16 + 4 for count in counts[:-1])
+    assert len(counts) == 4 and all(16 <= count < 16 + 4 for count in counts[:-1])
     assert sum(counts) == 12 * 1 + 12 * 4 == 60  # the odd targets end at once
     assert metrics[-1]["step"] == 24
 
