@@ -78,6 +78,29 @@ def test_value_clipping_by_hand(reach, first):
     torch.testing.assert_close(values.grad, torch.tensor([-1.0, -4.0]))
 
 
+@pytest.mark.parametrize("critic_type", ["v", "q"])
+def test_the_value_loss_of_a_shared_model_by_autograd(critic_type):
+    """Where advantages and entropy weigh nothing, a step's gradient is that of (5), of each text
+    by itself."""
+    flags = {"value_loss_coef": 0.7, "entropy_coef": 0.0, "max_grad_norm": 0.0}
+    args = iac_shared.Args(critic_type=critic_type, micro_batch_size=3, **flags)
+    actor, zeros = micro_learner(iac_shared), torch.zeros(4)
+    errors = []
+    for prompt, completion, target in zip(PROMPTS, COMPLETIONS, WEIGHTS, strict=True):
+        text = prompt + completion if critic_type == "q" else prompt
+        output = actor.model.base_model(torch.tensor([text])).last_hidden_state
+        value = actor.value_head(output[:, -1].float())
+        clipped = value.clamp(-0.2, 0.2)  # V_old = 0
+        errors.append(torch.maximum((target - value) ** 2, (target - clipped) ** 2))
+    (0.7 * torch.cat(errors).mean()).backward()
+    expected = [weight.grad for weight in actor.parameters()]
+    actor.zero_grad()
+    iac_shared.update_actor(actor, SAMPLES, 0, zeros, zeros, WEIGHTS, args)
+    pairs = zip(actor.optimizer.gradients[0], expected, strict=True)
+    found, expected = zip(*[(x, y) for x, y in pairs if y is not None], strict=True)
+    assert_same_gradients(expected, found)
+
+
 def test_gradients_are_clipped_or_refused(script):
     norms, told = [], []
     for limit in (0.0, 1e-3):
