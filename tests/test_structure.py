@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What they hold today: bounds to be lowered, never raised. The aims: 480, 790.
-SCRIPT_LINES, COMMON_LINES = 497, 1058
+SCRIPT_LINES, COMMON_LINES = 495, 1058
 FILES = {name: (ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common")}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 IMPORTED = {"torch", "transformers", "tyro", "numpy", "tqdm", "tokenizers", "common"}
@@ -79,3 +79,24 @@ def test_every_flag_is_read_and_explained(name):
     source = "".join(map(inspect.getsource, classes))
     for flag in flags:
         assert re.search(rf"^    {flag}: .+\n    \"\"\"\S", source, re.MULTILINE), flag
+
+
+PARAMETERS = """num_agents num_turns critic_type num_train_epochs agent_learning_rate
+critic_learning_rate value_loss_coef advantage_normalization rollout_buffer_size
+train_batch_size max_new_tokens temperature top_p top_k num_generations
+external_prompt_passthrough discount early_termination_threshold eval_interval
+eval_num_samples eval_batch_size logging_steps agent_model agents tokenizer model_config
+wandb_config seed task train_file output_dir resume device dtype max_grad_norm
+lora_rank gradient_checkpointing micro_batch_size entropy_coef save_interval log_samples"""
+OWN = {
+    "maac": "critic_model critics critic_value_head_hidden_dim",
+    "iac_separate": "critic_model critics critic_value_head_hidden_dim",
+    "iac_shared": "value_head_hidden_dim value_clip_range",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_flags_are_the_parameters_of_the_reference_and_few_more(name):
+    """No flag is new or gone without a thought."""
+    flags = {field.name for field in fields(importlib.import_module(name).Args)}
+    assert flags == set(f"{PARAMETERS} {OWN[name]}".split())
