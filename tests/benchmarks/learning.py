@@ -41,7 +41,7 @@ GROUPS = "--num-generations 4 --num-train-epochs 3"
 CARDS = "--task tests/tasks/hidden_cards.py --num-train-epochs 10 --entropy-coef 0.05"
 REAL_MODEL = (
     "--max-new-tokens 64 --entropy-coef 0 --agent-learning-rate 2e-5"
-    " --critic-learning-rate 1e-4 --value-loss-coef 0.1 --rollout-buffer-size 16"
+    " --critic-learning-rate 1e-4 --rollout-buffer-size 16"
     " --logging-steps 16 --save-interval 0 --num-train-epochs 8"
     " --eval-interval 0 --eval-num-samples 16 --eval-batch-size 16 --log-samples 16"
 )
