@@ -931,7 +931,8 @@ class Run:
         self.handlers = {}
         with suppress(ValueError):  # in another thread, which is sent no signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.ask_to_stop)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as in the background
+                    self.handlers[number] = signal.signal(number, self.ask_to_stop)
         self.mark = time.perf_counter()  # when training began, or went on
         return self
 
@@ -964,8 +965,7 @@ class Run:
             os.write(2, b"\nstopping after this update; once more stops at once\n")
 
     def due(self, last: int, interval: int) -> bool:
-        """Whether the run passed a multiple of `interval` items since it had `last`: -1 at its
-        start; or is over."""
+        """Whether the run passed a multiple of `interval` items, or its end, since `last`."""
         step = interval or math.inf
         passed = last // step < self.items // step
         return last < self.items and (passed or self.items == self.total_items)

@@ -72,6 +72,7 @@ def ends(script, args, owner, name, patch):
 
     def work():
         setattr(owner, name, patch)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal
         common.parse_args = lambda _: args
         common.main(script.Args, lambda args: script.train(args, game()))
 
@@ -234,6 +235,18 @@ def test_signals(script, whole, number, times, tmp_path, capfd):
     else:
         assert status == 128 + number and saved(left) == 3
         assert same(go_on(script, out), outcome(whole(script)))
+
+
+def test_a_signal_that_was_ignored_stops_nothing(script, tmp_path):
+    """Ctrl-C is not meant for what a shell script started in the background."""
+    raised = lambda samples: signal.raise_signal(signal.SIGINT) or {}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        script.train(
+            tiny_args(script, tmp_path), small_task(8, metrics_callback=raised)
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_is_one_sentence(script, whole, tmp_path, capfd):
