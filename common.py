@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,7 +64,7 @@ def require(condition: Any, sentence: str) -> None:
 
 
 @contextmanager
-def attempting(what: str) -> Iterator[None]:
+def attempting(what: str | Callable[[], str]) -> Iterator[None]:
     """Turn an exception inside into an InputError: `what`, why, and where in a user's file."""
     try:
         yield
@@ -76,7 +77,7 @@ def attempting(what: str) -> Iterator[None]:
                 if not frame.filename.startswith(known):
                     reason += f" at {frame.filename}, line {frame.lineno}"
                     break
-        raise InputError(f"{what}: {reason}") from error
+        raise InputError(f"{what() if callable(what) else what}: {reason}") from error
 
 
 def main(args_class: type, train: Callable) -> None:
@@ -266,7 +267,7 @@ class Task:
 
     def calling(self, function: str, item: Any) -> AbstractContextManager:
         """Say, where a function of the user's fails, which it is, and of which item."""
-        return attempting(f"task {self.name!r}, item {shown(item)}: {function}")
+        return attempting(lambda: f"task {self.name!r}, item {shown(item)}: {function}")
 
     def format(self, item: dict, agent: int) -> Prompt:
         """An agent's prompt for an item: the item's own, or its formatter's."""
@@ -427,7 +428,9 @@ class Learner(nn.Module):
         self.model, self.value_head, self.optimizer = model, None, None
         self.base: tuple = ()  # the model whose frozen weights are shared; as a PeftModel
         self.told = False  # of the first turn that it could not read
-        inner = tokenizer("a", add_special_tokens=False).input_ids
+        read = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        self.read = lru_cache(1024)(read)  # texts come again: generations, epochs
+        inner = self.read("a")
         whole = tokenizer("a").input_ids  # what begins a text, a, what would close it
         starts = [k for k in range(len(whole)) if whole[k : k + len(inner)] == inner]
         self.opening: list[int] = whole[: starts[0]] if starts else []
@@ -448,13 +451,12 @@ class Learner(nn.Module):
         """Token ids of a sample's prompt. Text is taken to the letter, with the special tokens
         that begin one, once; messages go through the chat template. What is empty, or leaves no
         `room` for an action's tokens, gives no ids at a later turn, at the first an InputError."""
-        tokenizer = self.tokenizer
-        chat = tokenizer.chat_template is not None and not isinstance(prompt, str)
-        with attempting(f"{self.name}'s tokenizer cannot read {shown(prompt)}"):
+        chat = self.tokenizer.chat_template is not None and not isinstance(prompt, str)
+        with attempting(lambda: f"{self.name}'s tokenizer cannot read {shown(prompt)}"):
             options = {"tokenize": False, "add_generation_prompt": True}
-            template = tokenizer.apply_chat_template
+            template = self.tokenizer.apply_chat_template
             text = template(prompt, **options) if chat else render(prompt)
-            words = tokenizer(text, add_special_tokens=False).input_ids
+            words = list(self.read(text))
         begun = chat or words[: len(self.opening)] == self.opening
         ids = words if begun else self.opening + words
         if words and len(ids) + room <= self.context:
@@ -472,8 +474,7 @@ class Learner(nn.Module):
         """Token ids of a history, and behind it of an action; of one that takes more tokens here
         than where it was sampled, as many as the model takes."""
         text += (self.tokenizer.eos_token or "") if ended else ""
-        ids = ids + self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids[: self.context]
+        return (ids + self.read(text))[: self.context]
 
 
 def pick_device(args: Any, place: int) -> torch.device:
@@ -895,8 +896,7 @@ class Run:
         failure = f"{str(self.folder)!r} cannot be resumed"
         with attempting(failure):
             was = {**json.loads((self.folder / "args.json").read_text())}
-        free = {flag.name for flag in fields(RunArgs)}
-        for name in (name for name in self.flags if name not in free):
+        for name in sorted(self.flags.keys() - {flag.name for flag in fields(RunArgs)}):
             old, now = was.get(name), self.flags[name]
             require(old == now, f"{failure}: {name} was {old!r} and is {now!r}")
         if not self.checkpoint.exists():
