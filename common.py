@@ -923,7 +923,7 @@ class Run:
             aside.replace(self.folder / "args.json")
         self.logs = Logs(self.folder, self.sizes, self.flags, self.items)
         self.precision = torch.get_float32_matmul_precision()
-        if self.args.dtype == "bfloat16":  # for what it has of float32: less will do
+        if self.args.dtype == "bfloat16":  # what it has in float32 may be rounded too
             torch.set_float32_matmul_precision("medium")
         gap = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of the bar
         options = {"total": self.total_items, "initial": self.items, "unit": "item"}

@@ -241,6 +241,24 @@ def test_12_no_logits_that_nobody_needs(script, tmp_path):
         assert not any("lm_head" in name for name in state["critic_0"])
 
 
+def test_12_the_head_of_a_bfloat16_batch_is_one_product(script):
+    """The last hidden states are a slice of (B, P, H), of which torch makes B products, and may
+    copy the weight for each, where a head is frozen."""
+    args = script.Args(device=("cpu",), dtype="bfloat16", lora_rank=2)
+    actor = load("tiny", args)
+    with (
+        torch.profiler.profile(record_shapes=True) as profile,
+        common.autocast(actor, args),
+    ):
+        script.generate(actor, [[5, 6], [7]], rng(), args)
+    ids = len(actor.tokenizer)
+    products = [
+        e.input_shapes for e in profile.events() if e.name in ("aten::mm", "aten::bmm")
+    ]
+    heads = [shapes for shapes in products if any(ids in shape for shape in shapes)]
+    assert heads == [[[2, 64], [64, ids]]]
+
+
 def test_13_one_forward_pass_per_sample_in_the_update(script, tmp_path):
     """Of the shared model too; and one before, for the values. None in the rollout."""
     task, args = small_task(4), tiny_args(script, tmp_path)

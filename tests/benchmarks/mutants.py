@@ -43,6 +43,7 @@ MUTANTS = [  # pitfall, what is broken, old text, new text, tests
     (11, "each rank's own gradient", "    common.sum_gradients(learner)\n", "", "test_11"),
     (12, "all logits in the update", 'options = {"use_cache": False, "logits_to_keep": before}', 'options = {"use_cache": False}\n    actor.model.lm_head.register_forward_hook(lambda m, i, o: o[:, before])', "test_12"),
     (12, "all logits in sampling", "use_cache=True, logits_to_keep=1", "use_cache=True, logits_to_keep=0", "test_12"),
+    (12, "a product for each sample", "hidden.float().contiguous()", "hidden.float()", "test_12"),
     (13, "a second pass for the value", "values = actor.value_head(hidden.float())", "values = critic_values(actor, prompts, args)", "test_13"),
     (13, "old log-probabilities", "        losses = -logprobs", "        sequence_logprobs(actor, *texts, args)\n        losses = -logprobs", "test_13"),
     (14, "text encoded again", "sample.completion_ids.append(ids)", "sample.completion_ids.append(actor.tokenizer(text).input_ids or ids[:1])", "test_14"),
