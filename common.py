@@ -171,6 +171,7 @@ LIMITS = (  # flags, what they must be, whether a value is that
         log_samples eval_num_samples""", "at least 0", lambda v: 0 <= v < math.inf),
     ("top_p", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("discount", "from 0 to 1", lambda v: 0 <= v <= 1),
+    ("adam_beta2", "at least 0 and below 1", lambda v: 0 <= v < 1),
     ("early_termination_threshold", "a number", lambda v: not math.isnan(v)),
     ("seed", "from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31),
     ("critic_type", "v or q", lambda v: v in ("v", "q")),
@@ -711,9 +712,8 @@ def critic_metrics(
     critic: Learner, samples: list[Sample], values: Tensor, targets: Tensor, args: Any
 ) -> dict[str, float]:
     """What a critic was worth to an update, over all ranks' samples; values, targets: (B,).
-    Explained variance is 1 - Var(G - V) / Var(G), with G the discounted return from the sample
-    to the end of its episode: 1 for a critic that foresees it, 0 for one that says a constant.
-    The advantages are those before whitening."""
+    Explained variance is 1 - Var(G - V) / Var(G), with G the discounted return to the end of the
+    episode: 1 if the critic foresees it, 0 if it says a constant. Advantages are not whitened."""
     returns = torch.zeros(len(samples) + 1)
     for k, sample in reversed(list(enumerate(samples))):
         returns[k] = sample.reward + args.discount * returns[k + 1] * (not sample.done)

@@ -30,8 +30,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam
+from torch import Tensor, nn, optim
 from transformers import AutoModel, AutoModelForCausalLM
 
 import common
@@ -81,6 +80,8 @@ class Args(common.TaskArgs):
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
+    adam_beta2: float = 0.95
+    """Adam's β2; a sudden gradient moves a weight by half a rate, at 0.999 by three."""
     value_loss_coef: float = 0.1
     """Weight of the critic loss beside the policy's, where they share a model; and in clipping."""
     entropy_coef: float = 0.2
@@ -386,8 +387,7 @@ def update_critic(critic: Learner, texts: Ids, targets: Tensor, args: Args) -> M
     value_loss = 0.0
     for part in common.slices(len(texts), args.micro_batch_size):
         values = critic_values(critic, texts[part], args)
-        errors = (targets[part].to(values.device) - values).square()  # (B,)
-        loss = errors.sum() / count
+        loss = (targets[part].to(values.device) - values).square().sum() / count
         (args.value_loss_coef * loss).backward()  # (5)
         value_loss += loss.item()
     return step(critic, {"value_loss": value_loss}, args)
@@ -404,8 +404,7 @@ def update_actor(
     for part in common.slices(len(prompts), args.micro_batch_size):
         texts = prompts[part], completions[part]
         logprobs, entropies = sequence_logprobs(actor, *texts, args)
-        losses = -logprobs * weights[part].to(logprobs.device)  # (B,)
-        loss = losses.sum() / count
+        loss = -(logprobs * weights[part].to(logprobs.device)).sum() / count
         bonus = entropies.sum() / tokens
         (loss - args.entropy_coef * bonus).backward()  # (4)
         sums["policy_loss"] += loss.item()
@@ -462,13 +461,14 @@ def train(args: Args, task: Task | None = None) -> Path:
     actors = common.load_learners("agent", AutoModelForCausalLM, names, count, args)
     names = args.critics or [args.critic_model or name for name in names]
     critics = common.load_learners("critic", AutoModel, names, count, args, actors)
+    adam = {"betas": (0.9, args.adam_beta2), "fused": True}
     for actor in actors:
         weights = [weight for weight in actor.parameters() if weight.requires_grad]
-        actor.optimizer = Adam(weights, args.agent_learning_rate, fused=True)
+        actor.optimizer = optim.Adam(weights, args.agent_learning_rate, **adam)
     for critic in critics:
         critic.value_head = value_head(critic, args.critic_value_head_hidden_dim)
         weights = [weight for weight in critic.parameters() if weight.requires_grad]
-        critic.optimizer = Adam(weights, args.critic_learning_rate, fused=True)
+        critic.optimizer = optim.Adam(weights, args.critic_learning_rate, **adam)
 
     with common.Run(args, task, __file__, actors + critics) as run:
         if run.due(run.evaluated, args.eval_interval):

@@ -31,8 +31,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam
+from torch import Tensor, nn, optim
 from transformers import AutoModelForCausalLM
 
 import common
@@ -80,6 +79,8 @@ class Args(common.TaskArgs):
     """Learning rate of the actors (Adam); about 1e-5 for a pretrained model."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critics (Adam); in iac_shared.py, of the value heads alone."""
+    adam_beta2: float = 0.95
+    """Adam's β2; a sudden gradient moves a weight by half a rate, at 0.999 by three."""
     value_loss_coef: float = 0.1
     """Weight of the critic loss beside the policy's, where they share a model; and in clipping."""
     entropy_coef: float = 0.2
@@ -399,8 +400,7 @@ def update_actor(
     for part in common.slices(len(prompts), args.micro_batch_size):
         texts = prompts[part], completions[part]
         logprobs, entropies, values = sequence_logprobs(actor, *texts, args)
-        losses = -logprobs * weights[part].to(logprobs.device)  # (B,)
-        loss = losses.sum() / count
+        loss = -(logprobs * weights[part].to(logprobs.device)).sum() / count
         bonus = entropies.sum() / tokens
         judged = (x[part].to(values.device) for x in (old_values, targets))
         value_loss = value_errors(values, *judged, args).sum() / count
@@ -459,12 +459,14 @@ def train(args: Args, task: Task | None = None) -> Path:
     names = args.agents or (args.agent_model,) * count
     actors = common.load_learners("agent", AutoModelForCausalLM, names, count, args)
     critics = actors  # each agent's critic is its own model with a value head
+    adam = {"betas": (0.9, args.adam_beta2), "fused": True}
     for actor in actors:
         actor.value_head = value_head(actor, args.value_head_hidden_dim)
         weights = [x for x in actor.model.parameters() if x.requires_grad]
         backbone = {"params": weights, "lr": args.agent_learning_rate}
-        head = {"params": actor.value_head.parameters()}  # at the critic's rate
-        actor.optimizer = Adam([backbone, head], args.critic_learning_rate, fused=True)
+        rate = args.critic_learning_rate  # of the value head alone
+        head = {"params": actor.value_head.parameters(), "lr": rate}
+        actor.optimizer = optim.Adam([backbone, head], **adam)
 
     with common.Run(args, task, __file__, actors) as run:
         if run.due(run.evaluated, args.eval_interval):

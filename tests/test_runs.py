@@ -26,7 +26,7 @@ def lines(folder, name="metrics.jsonl"):
 
 def test_a_run_folder_holds_all(script, tmp_path):
     """Flags, lines, samples, and agents: without epochs they write what they wrote at its end."""
-    args = tiny_args(script, tmp_path, seed=7, log_samples=4)
+    args = tiny_args(script, tmp_path, seed=7, log_samples=4, adam_beta2=0.9)
     folder = script.train(args, small_task(16))
     assert folder.name.startswith(f"{script.__name__}__sum_to_target__7__")
     flags = json.loads((folder / "args.json").read_text())
@@ -43,6 +43,12 @@ def test_a_run_folder_holds_all(script, tmp_path):
         texts = [[text] for text in one["completions"]]
         paid = small_task().reward_func(*texts, batch_items=[one["item"]])
         assert [one["reward"]] == paid and one["prompts"] == [one["item"]["prompt"]] * 2
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["optimizers"]
+    shared = script.__name__ == "iac_shared"  # its value heads have a rate of their own
+    for name, optimizer in state.items():
+        found = [(group["lr"], group["betas"]) for group in optimizer["param_groups"]]
+        rates = [2e-3, 1e-3] if shared else [2e-3 if "agent" in name else 1e-3]
+        assert found == [(rate, (0.9, 0.9)) for rate in rates]
     agents = tuple(str(folder / f"agent_{k}") for k in range(2))
     args = replace(args, agents=agents, num_train_epochs=0)
     again = script.train(args, small_task(16))

@@ -87,7 +87,8 @@ train_batch_size max_new_tokens temperature top_p top_k num_generations
 external_prompt_passthrough discount early_termination_threshold eval_interval
 eval_num_samples eval_batch_size logging_steps agent_model agents tokenizer model_config
 wandb_config seed task train_file output_dir resume device dtype max_grad_norm
-lora_rank gradient_checkpointing micro_batch_size entropy_coef save_interval log_samples"""
+lora_rank gradient_checkpointing micro_batch_size entropy_coef adam_beta2
+save_interval log_samples"""
 OWN = {
     "maac": "critic_model critics critic_value_head_hidden_dim",
     "iac_separate": "critic_model critics critic_value_head_hidden_dim",

@@ -13,10 +13,10 @@ episode is in samples.jsonl, as with a real model. The samples to the threshold 
 counts with its whole length.
 
 `--reference` adds the trainers of CoMLRL to the task as_comlrl: the same game, tiny models,
-tokenizer and hyper-parameters, as many episodes, on both sides no entropy bonus and no gradient
-clipping. What is left of differences: its items are not shuffled, its Adam decays the
-weights (0.01), its value heads do not start at zero, and a shared one learns at the actor's rate.
-groups_of_4 is as_comlrl with our defaults for the two flags that CoMLRL does not have.
+tokenizer and hyper-parameters, as many episodes, on both sides no entropy bonus, no gradient
+clipping, Adam's β2 of 0.999. What is left of differences: its items are not shuffled, its Adam
+decays the weights (0.01), its value heads do not start at zero, and a shared one learns at the
+actor's rate. groups_of_4 is as_comlrl with our defaults for the three flags that CoMLRL lacks.
 """
 
 import itertools
@@ -59,11 +59,13 @@ class Setting:
 
 SETTINGS = {
     "two_agents": Setting(""),
-    "as_comlrl": Setting(f"--entropy-coef 0 --max-grad-norm 0 {GROUPS}"),
+    "as_comlrl": Setting(
+        f"--entropy-coef 0 --max-grad-norm 0 --adam-beta2 0.999 {GROUPS}"
+    ),
     "groups_of_4": Setting(GROUPS),
-    "three_agents": Setting("--num-agents 3 --entropy-coef 0.15 --max-grad-norm 0.3"),
+    "three_agents": Setting("--num-agents 3 --entropy-coef 0.1"),
     "two_turns": Setting(
-        "--num-turns 2 --early-termination-threshold -0.01 --entropy-coef 0.1",
+        "--num-turns 2 --early-termination-threshold -0.01 --entropy-coef 0.15",
         offset=1.0,
     ),
     "hidden_cards": Setting(f"{CARDS} --num-turns 2", "rollout/right"),
