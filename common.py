@@ -714,11 +714,11 @@ def critic_metrics(
     """What a critic was worth to an update, over all ranks' samples; values, targets: (B,).
     Explained variance is 1 - Var(G - V) / Var(G), with G the discounted return to the end of the
     episode: 1 if the critic foresees it, 0 if it says a constant. Advantages are not whitened."""
-    returns = torch.zeros(len(samples) + 1)
+    returns = np.zeros(len(samples) + 1)
     for k, sample in reversed(list(enumerate(samples))):
         returns[k] = sample.reward + args.discount * returns[k + 1] * (not sample.done)
     weights = targets - values if args.critic_type == "v" else values
-    everyones = gather(torch.stack([values, returns[:-1], weights]).double())
+    everyones = gather(torch.stack([values, torch.tensor(returns[:-1]), weights]))
     values, returns, weights = torch.cat(everyones, dim=1)
     found = {"value_mean": values.mean(), "advantage_std": weights.std(correction=0)}
     spread = returns.var(correction=0)
