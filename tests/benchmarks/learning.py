@@ -65,7 +65,8 @@ SETTINGS = {
     "groups_of_4": Setting(GROUPS),
     "three_agents": Setting("--num-agents 3 --entropy-coef 0.1"),
     "two_turns": Setting(
-        "--num-turns 2 --early-termination-threshold -0.01 --entropy-coef 0.15",
+        "--num-turns 2 --early-termination-threshold -0.01 --entropy-coef 0.15"
+        " --num-train-epochs 30",
         offset=1.0,
     ),
     "hidden_cards": Setting(f"{CARDS} --num-turns 2", "rollout/right"),
